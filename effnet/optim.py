@@ -1,0 +1,126 @@
+"""Which step does the optimizer take? RMSProp as TensorFlow means it, AdamW, SGD, and the average of the weights.
+
+PyTorch's RMSProp puts epsilon outside the root and starts its squared average at 0; the published EfficientNet recipes
+need TensorFlow's: epsilon inside, the average from 1, the learning rate inside the momentum buffer (papers' released
+code). The exponential moving average covers weights and batch-norm statistics and ramps up: min(decay, (1+t)/(10+t)).
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from effnet.recipes import Recipe
+
+
+class RMSProp(torch.optim.Optimizer):
+    """TensorFlow's RMSProp: s <- a s + (1-a) g^2 (from 1); m <- b m + lr g / sqrt(s + eps); w <- w - m.
+
+    `params`: tensors or groups; `weight_decay` adds w to the gradient times it (half the squared norm in the loss).
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        decay: float = 0.9,
+        momentum: float = 0.9,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {"lr": lr, "decay": decay, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+        """One update of every parameter that has a gradient, all tensors of a group together."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(square=torch.ones_like(p), momentum=torch.zeros_like(p))
+            grads = [p.grad for p in params]
+            if group["weight_decay"]:
+                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            squares = [self.state[p]["square"] for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(squares, group["decay"])
+            torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
+            roots = torch._foreach_add(squares, group["eps"])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_addcdiv_(momenta, grads, roots, group["lr"])
+            torch._foreach_sub_(params, momenta)
+
+
+def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer for `model`, or AdamW on its classifier alone.
+
+    Two groups: weights, which decay, and norm scales, shifts and biases, which do not (biases do with `decay_bias`).
+    """
+    if head_only:
+        return torch.optim.AdamW(model.get_submodule("classifier").parameters(), lr=recipe.head_lr, weight_decay=0.0)
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        bias = name.endswith(".bias") and ".norm." not in name
+        (decayed if parameter.ndim > 1 or (bias and recipe.decay_bias) else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if recipe.optimizer == "rmsprop":
+        return RMSProp(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.optimizer == "sgd":
+        nesterov = recipe.momentum > 0
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, foreach=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
+
+
+class Average:
+    """The exponential moving average of a model's weights and batch-norm statistics, itself a model to evaluate."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self._pairs = _pair(self.model, model)
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves towards the model after its update number `step` (from 0)."""
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        averaged, current = self._pairs
+        torch._foreach_lerp_(averaged, current, weight)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts again from the model's present state."""
+        for averaged, current in zip(*self._pairs, strict=True):
+            averaged.copy_(current)
+
+
+def _pair(averaged: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The floating-point tensors of both, in the same order (the batch counter of batch norm is left alone)."""
+    mine, theirs = averaged.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
+    names = [name for name, tensor in theirs.items() if tensor.is_floating_point()]
+    return [mine[name].data for name in names], [theirs[name].data for name in names]
+
+
+def optimizer_tensors(model: nn.Module, state: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's memory as named tensors, `parameter name/slot`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{slot}": torch.as_tensor(value)
+        for parameter, slots in state.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, state: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        name, _, slot = key.rpartition("/")
+        parameter = parameters[name]
+        if tensor.ndim:  # counters stay where they are, on the CPU
+            tensor = tensor.to(parameter.device)
+        state.state[parameter][slot] = tensor.clone(memory_format=torch.preserve_format)

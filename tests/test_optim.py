@@ -1,0 +1,124 @@
+"""Optimizer steps against traces computed by hand, and the moving average against its closed form."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from effnet import optim
+from effnet.recipes import FINETUNE
+
+
+class Two(nn.Module):
+    """A weight and a bias, and a classifier to be trained alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.classifier = nn.Linear(3, 2)
+
+
+def test_rmsprop_follows_the_trace_computed_by_hand() -> None:
+    """One weight, gradients 2, -1, 0.5: s from 1, epsilon inside the root, the rate inside the momentum."""
+    weight = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    stepper = optim.RMSProp([weight], lr=0.1, decay=0.9, momentum=0.9, eps=1e-3)
+    value, square, moment = 1.0, 1.0, 0.0
+    for lr, gradient in ((0.1, 2.0), (0.1, -1.0), (0.05, 0.5)):
+        stepper.param_groups[0]["lr"] = lr
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        stepper.step()
+        square = 0.9 * square + 0.1 * gradient**2
+        moment = 0.9 * moment + lr * gradient / math.sqrt(square + 1e-3)
+        value -= moment
+        assert weight.item() == pytest.approx(value, abs=1e-15)
+    # the first step in full: s = 0.9 + 0.4 = 1.3, m = 0.2 / sqrt(1.301)
+    assert 1 - 0.2 / math.sqrt(1.301) == pytest.approx(0.8246564, abs=1e-7)
+
+
+def test_rmsprop_differs_from_pytorchs_where_epsilon_matters() -> None:
+    """With g = 0.01 from s = 1: TensorFlow's first step is lr g / sqrt(0.901), PyTorch's lr g / (sqrt(1e-5) + 1e-3)."""
+    ours, theirs = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    first = optim.RMSProp([ours], lr=1.0, momentum=0.0)
+    second = torch.optim.RMSprop([theirs], lr=1.0, alpha=0.9, eps=1e-3)
+    for parameter, stepper in ((ours, first), (theirs, second)):
+        parameter.grad = torch.full((1,), 0.01)
+        stepper.step()
+    assert ours.item() == pytest.approx(-0.01 / math.sqrt(0.90001 + 0.001), rel=1e-5)
+    assert theirs.item() == pytest.approx(-0.01 / (math.sqrt(1e-5) + 1e-3), rel=1e-5)
+
+
+def test_weight_decay_is_added_to_the_gradient() -> None:
+    weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    stepper = optim.RMSProp([weight], lr=0.1, momentum=0.0, weight_decay=0.5)
+    weight.grad = torch.tensor([1.0], dtype=torch.float64)
+    stepper.step()
+    gradient = 1.0 + 0.5 * 2.0
+    assert weight.item() == pytest.approx(2.0 - 0.1 * gradient / math.sqrt(0.9 + 0.1 * gradient**2 + 1e-3), abs=1e-15)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw"])
+def test_only_weights_decay(name: str) -> None:
+    model = Two()
+    stepper = optim.optimizer(model, FINETUNE.replace(optimizer=name, weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in stepper.param_groups for p in group["params"]}
+    assert decay[id(model.body.weight)] == 0.1
+    assert decay[id(model.body.bias)] == 0.0
+    with_bias = optim.optimizer(model, FINETUNE.replace(optimizer=name, weight_decay=0.1, decay_bias=True))
+    decay = {id(p): group["weight_decay"] for group in with_bias.param_groups for p in group["params"]}
+    assert decay[id(model.body.bias)] == 0.1
+
+
+def test_a_head_only_optimizer_holds_the_classifier_alone() -> None:
+    model = Two()
+    stepper = optim.optimizer(model, FINETUNE, head_only=True)
+    held = {id(p) for group in stepper.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.classifier.parameters()}
+
+
+def test_the_average_ramps_up_and_then_keeps_its_decay() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = optim.Average(model, decay=0.5)
+    expected = float(model.weight)
+    for step, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0]):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    assert float(average.model.weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_average_covers_batch_norm_statistics() -> None:
+    model = nn.BatchNorm2d(2)
+    average = optim.Average(model, decay=0.9)
+    model.running_mean.fill_(10.0)
+    average.update(10**9)
+    assert average.model.running_mean.tolist() == pytest.approx([1.0, 1.0])
+    average.reset()
+    assert average.model.running_mean.tolist() == [10.0, 10.0]
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw"])
+def test_the_optimizer_goes_on_bit_for_bit_from_its_tensors(name: str) -> None:
+    def stepped(model: nn.Module, stepper: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            for parameter in model.parameters():
+                parameter.grad = torch.tensor(rng.normal(size=parameter.shape), dtype=torch.float32)
+            stepper.step()
+
+    recipe = FINETUNE.replace(optimizer=name)
+    torch.manual_seed(0)
+    model = Two()
+    stepper = optim.optimizer(model, recipe)
+    stepped(model, stepper, range(3))
+    resumed = Two()
+    resumed.load_state_dict(model.state_dict())
+    again = optim.optimizer(resumed, recipe)
+    optim.load_optimizer_tensors(resumed, again, optim.optimizer_tensors(model, stepper))
+    stepped(model, stepper, range(3, 6))
+    stepped(resumed, again, range(3, 6))
+    for left, right in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(left, right)
