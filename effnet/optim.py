@@ -7,11 +7,14 @@ code). The exponential moving average covers weights and batch-norm statistics a
 
 import copy
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from effnet.recipes import Recipe
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class RMSProp(torch.optim.Optimizer):
@@ -33,7 +36,7 @@ class RMSProp(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # ty: ignore[invalid-method-override]
+    def step(self, closure: None = None) -> None:  # ty: ignore[incompatible-method-override]
         """One update of every parameter that has a gradient, all tensors of a group together."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -76,12 +79,12 @@ def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> t
     return torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
 
 
-class Average:
+class Average(Generic[M]):
     """The exponential moving average of a model's weights and batch-norm statistics, itself a model to evaluate."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model: M = copy.deepcopy(model).requires_grad_(False).eval()
         self._pairs = _pair(self.model, model)
 
     @torch.no_grad()

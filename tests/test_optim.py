@@ -33,8 +33,6 @@ def test_rmsprop_follows_the_trace_computed_by_hand() -> None:
         moment = 0.9 * moment + lr * gradient / math.sqrt(square + 1e-3)
         value -= moment
         assert weight.item() == pytest.approx(value, abs=1e-15)
-    # the first step in full: s = 0.9 + 0.4 = 1.3, m = 0.2 / sqrt(1.301)
-    assert 1 - 0.2 / math.sqrt(1.301) == pytest.approx(0.8246564, abs=1e-7)
 
 
 def test_rmsprop_differs_from_pytorchs_where_epsilon_matters() -> None:
@@ -80,14 +78,14 @@ def test_a_head_only_optimizer_holds_the_classifier_alone() -> None:
 def test_the_average_ramps_up_and_then_keeps_its_decay() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = optim.Average(model, decay=0.5)
-    expected = float(model.weight)
+    expected = model.weight.item()
     for step, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0]):
         with torch.no_grad():
             model.weight.fill_(value)
         average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-    assert float(average.model.weight) == pytest.approx(expected, rel=1e-6)
+    assert average.model.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_average_covers_batch_norm_statistics() -> None:
