@@ -14,7 +14,7 @@ What is counted
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,14 @@ def cost(network: Network, size: int | None = None, batch: int = 1) -> Cost:
     """
     check_range("batch", batch, 1)
     size = network.resolution if size is None else size
-    rows = tuple(_unit_cost(unit, network.activation) for unit in resolve(network, size))
+    units = resolve(network, size)
+    read = [False, *(_rectified(unit, network) for unit in units)]
+    rows = tuple(_unit_cost(unit, network, rectified) for unit, rectified in zip(units, read, strict=False))
     total = {
         name: sum(getattr(row, name) for row in rows)
         for name in ("params", "norm_statistics", "macs", "activations", "saved_elements")
     }
-    total["saved_elements"] += network.stem.in_channels * size * size  # the images
+    total["saved_elements"] += _at_the_ends(network, size, units[-2])
     return Cost(
         network=network.name,
         size=size,
@@ -151,35 +153,33 @@ def _totals(network: Network, width: np.ndarray, depth: np.ndarray, size: np.nda
     def widened(channels: int, scales: bool) -> np.ndarray:
         return rounding.width(np.full(size.shape, channels), width if scales else np.ones(size.shape))
 
-    totals = {
-        "params": 0,
-        "norm_statistics": 0,
-        "macs": 0,
-        "activations": 0,
-        "saved_elements": stem.in_channels * size * size,
-    }
+    totals: dict[str, Any] = dict.fromkeys(("params", "norm_statistics", "macs", "activations", "saved_elements"), 0)
 
-    def add(unit: Unit, times: Any = 1) -> None:
-        for name, value in _counts(unit, network.activation).items():
+    def add(unit: Unit, rectified: Any, times: Any = 1) -> None:
+        for name, value in _counts(unit, network, rectified).items():
             totals[name] = totals[name] + times * value
 
     unit = stem_unit(stem, size, widened(stem.width, stem.scale))
-    add(unit)
-    channels = unit.out_channels
+    add(unit, False)
+    channels, rectified = unit.out_channels, _rectified(unit, network)
     for stage in network.stages:
         out = widened(stage.width, True)
         repeats = rounding.repeats(stage.repeats, depth if stage.deepen else np.ones(size.shape))
-        unit = block(stage, channels, out, stage.stride, unit.out_size)
-        add(unit)
-        add(block(stage, out, out, 1, unit.out_size), repeats - 1)
+        first = block(stage, channels, out, stage.stride, unit.out_size)
+        add(first, rectified)
+        unit = block(stage, out, out, 1, first.out_size)
+        add(unit, False, repeats - 1)  # what it reads matters only to a stride of 2
+        rectified = np.where(repeats > 1, _rectified(unit, network), _rectified(first, network))
         channels = out
-    head_width = widened(head.width, head.scale) if head.width else 0
-    for last in head_units(head, channels, head_width, unit.out_size):
-        add(last)
+    trunk = replace(unit, shortcut=np.where(repeats > 1, unit.shortcut, first.shortcut))
+    *inner, last = head_units(head, channels, widened(head.width, head.scale) if head.width else 0, unit.out_size)
+    for one in (*inner, last):
+        add(one, False)
+    totals["saved_elements"] += _at_the_ends(network, size, inner[0] if inner else trunk)
     return totals
 
 
-def _unit_cost(unit: Unit, activation: str) -> UnitCost:
+def _unit_cost(unit: Unit, network: Network, rectified: Any) -> UnitCost:
     return UnitCost(
         name=unit.name,
         op=unit.op,
@@ -190,12 +190,12 @@ def _unit_cost(unit: Unit, activation: str) -> UnitCost:
         squeeze_channels=unit.squeeze_channels,
         in_size=unit.in_size,
         out_size=unit.out_size,
-        **_counts(unit, activation),
+        **_counts(unit, network, rectified),
     )
 
 
-def _counts(unit: Unit, activation: str) -> dict[str, Any]:
-    """The counts of one unit; arrays in, arrays out."""
+def _counts(unit: Unit, network: Network, rectified: Any) -> dict[str, Any]:
+    """The counts of one unit; arrays in, arrays out. `rectified`: its input is what an in-place ReLU left."""
     params = norm_statistics = macs = activations = 0
     for conv in unit.convs:
         present = _present(conv)
@@ -209,7 +209,7 @@ def _counts(unit: Unit, activation: str) -> dict[str, Any]:
         "norm_statistics": norm_statistics,
         "macs": macs,
         "activations": activations,
-        "saved_elements": _saved(unit, activation),
+        "saved_elements": _saved(unit, network, rectified),
     }
 
 
@@ -220,22 +220,51 @@ def _present(conv: Conv) -> Any:
     return 1
 
 
-def _saved(unit: Unit, activation: str) -> Any:
+def _saved(unit: Unit, network: Network, rectified: Any) -> Any:
     """Elements that autograd keeps of one unit for one image.
 
     A convolution keeps its input, which is the output of what came before; batch norm keeps its input; SiLU keeps its
-    input too, while ReLU and ReLU6 work in place and keep their output. Squeeze-excite keeps the gated map.
+    input too, while ReLU and ReLU6 work in place and keep their output. Squeeze-excite keeps means, gate and gated map,
+    a max-pool its output and where it came from (64-bit indices), SAME padding its padded copy. The tests hold this
+    against what autograd really keeps.
     """
-    silu = activation == "silu"
+    silu = network.activation == "silu"
     total = 0
     for conv in unit.convs:
-        elements = _present(conv) * conv.out_channels * conv.out_size**2
+        if conv.name in ("linear", "se.reduce"):
+            total += conv.in_channels  # the means
         if conv.name == "linear":
             continue  # logits: the loss keeps them, not the network
+        elements = _present(conv) * conv.out_channels * conv.out_size**2
         total += elements * (conv.norm + (silu and conv.activation) + (conv.name != "shortcut"))
         if conv.name == "se.expand":
             total += conv.out_channels * unit.out_size**2  # the gated map, which the projection keeps
+        if network.padding == "same" and conv.stride == 2 and conv.kernel > 1:
+            padded = conv.in_channels * (conv.in_size + 1) ** 2
+            unpadded = conv.in_channels * conv.in_size**2  # replaced by the padded one, unless its ReLU keeps it
+            total += (conv.in_size % 2 == 0) * (padded - unpadded * (1 - rectified))
+        if conv.norm:
+            rectified = conv.activation and not silu
+    if unit.op == "stem" and network.stem.pool:
+        total += 3 * unit.out_channels * unit.out_size**2
+    if unit.op in ("basic", "bottleneck") and silu:
+        total += unit.out_channels * unit.out_size**2  # the sum, which SiLU keeps
     return total
+
+
+def _rectified(unit: Unit, network: Network) -> Any:
+    """Whether the unit's output is what an in-place ReLU left (0 or 1, or an array): autograd then keeps it anyway."""
+    if network.activation == "silu" or (unit.op == "stem" and network.stem.pool):
+        return False
+    if unit.op in ("basic", "bottleneck"):
+        return True
+    return np.logical_and(unit.convs[-1].activation, np.logical_not(unit.shortcut))
+
+
+def _at_the_ends(network: Network, size: Any, last: Unit) -> Any:
+    """What is kept of the images, less the last map: pooling keeps nothing of it unless a ReLU does."""
+    kept = np.logical_not(_rectified(last, network)) * last.out_channels * last.out_size**2
+    return network.stem.in_channels * size * size - kept
 
 
 def _weight_bytes(total: Mapping[str, Any]) -> Any:

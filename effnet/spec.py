@@ -409,7 +409,7 @@ def block(
     out_size = half(size, stride)
     mid, squeeze, convs = _BLOCKS[stage.op](stage, in_channels, out_channels, stride, size, out_size)
     residual = stage.op in ("basic", "bottleneck")
-    same = stride == 1 and _equal(in_channels, out_channels)
+    fits = stride == 1 and stage.op != "separable" and _equal(in_channels, out_channels)
     return Unit(
         name=name,
         op=stage.op,
@@ -421,14 +421,15 @@ def block(
         stride=stride,
         in_size=size,
         out_size=out_size,
-        shortcut=residual or (same and stage.op != "separable"),
+        shortcut=residual or fits,
         drop_path=drop_path,
         convs=convs,
     )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return bool(a is b or (isinstance(a, int) and isinstance(b, int) and a == b))
+def _equal(a: Any, b: Any) -> Any:
+    """Whether two widths agree: a truth value, or an array of them for arrays of candidates."""
+    return True if a is b else a == b
 
 
 def _conv(
@@ -500,7 +501,7 @@ def _separable(stage: Stage, in_channels: Any, out_channels: Any, stride: int, s
 
 def _shortcut(in_channels: Any, out_channels: Any, stride: int, size: Any) -> tuple[Conv, ...]:
     """ResNet's projection, where the identity does not fit."""
-    if stride == 1 and _equal(in_channels, out_channels):
+    if stride == 1 and _equal(in_channels, out_channels) is True:  # for arrays, `cost` leaves out where it fits
         return ()
     return (_conv("shortcut", in_channels, out_channels, size, stride=stride, activation=False),)
 
