@@ -255,15 +255,15 @@ def _saved(unit: Unit, network: Network, rectified: Any) -> Any:
 def _rectified(unit: Unit, network: Network) -> Any:
     """Whether the unit's output is what an in-place ReLU left (0 or 1, or an array): autograd then keeps it anyway."""
     if network.activation == "silu" or (unit.op == "stem" and network.stem.pool):
-        return False
+        return 0
     if unit.op in ("basic", "bottleneck"):
-        return True
-    return np.logical_and(unit.convs[-1].activation, np.logical_not(unit.shortcut))
+        return 1
+    return unit.convs[-1].activation * (1 - unit.shortcut)
 
 
 def _at_the_ends(network: Network, size: Any, last: Unit) -> Any:
     """What is kept of the images, less the last map: pooling keeps nothing of it unless a ReLU does."""
-    kept = np.logical_not(_rectified(last, network)) * last.out_channels * last.out_size**2
+    kept = (1 - _rectified(last, network)) * last.out_channels * last.out_size**2
     return network.stem.in_channels * size * size - kept
 
 

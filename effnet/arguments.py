@@ -1,0 +1,271 @@
+"""What do the words behind a verb mean? The options that verbs share, and the library values that they stand for.
+
+A mistake is refused here with a `UsageError`, before any compute: names are looked up first, then files are opened, then
+models are built. torch is imported inside the functions that need it, so that a verb that does not need it is quick.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from effnet import families, recipes
+from effnet.recipes import Recipe
+from effnet.spec import Network
+from effnet.value import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from effnet.checkpoint import Checkpoint
+    from effnet.network import Model
+    from effnet.samples import Splits
+
+# --- the options that verbs share -----------------------------------------------------------------------------------
+
+MODEL = (
+    "A network (effnet list), a Network as .json, a checkpoint, a run folder, hf-hub:OWNER/NAME or local-dir:FOLDER; "
+    "network.tag means its trained weights."
+)
+DATA = "A folder, a .csv manifest, .tar shards, or elpv, elpv-modules, fashion-mnist, package:MODULE/DIR."
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA)]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL)]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the trained weights known for MODEL.")]
+PretrainedFrom = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="Start from other weights: network.tag, or a file of any dialect.")
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help=f"{', '.join(recipes.RECIPES)}. Default: finetune for trained weights, else scratch."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Vary the recipe; may be given many times.")
+]
+SplitSeed = Annotated[int, typer.Option(min=0, help="Of the random split, where the data names no parts.")]
+ValFraction = Annotated[float, typer.Option(help="Share of the training part that validates, where no part is for that.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Threads that decode images. Default: a measured number.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Split = Annotated[Literal["test", "val", "train", "all"], typer.Option(help="The part of the data.")]
+Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Images, or folders of them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+SPLIT_SEED, VAL_FRACTION = 0, 0.15
+
+
+def device(name: str) -> str:
+    """`cpu` or `cuda`, whichever `name` (or `auto`) means on this machine. `UsageError` for a missing cuda."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("--device cuda: torch finds no CUDA device here; --device auto takes what there is.")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
+def slug(text: str) -> str:
+    """What `text` (a path, a named set, a network) is called in the name of a file or folder.
+
+    >>> slug("data/solar cells/"), slug("package:skimage/data"), slug("net.json"), slug("efficientnet_lite0.in1k")
+    ('solar-cells', 'package-skimage-data', 'net', 'efficientnet_lite0.in1k')
+    """
+    path = Path(text)
+    known = path.suffix in (".json", ".csv", ".tar", ".safetensors")
+    name = text if ":" in text else path.stem if known else path.resolve().name
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def table_file(out: Path | None) -> Path | None:
+    """`out`, a .csv or .json file. `UsageError` for another suffix."""
+    if out is not None and out.suffix not in (".csv", ".json"):
+        raise UsageError(f"--out {out} ends neither in .csv nor in .json.")
+    return out
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def network(model: str) -> Network:
+    """The network that `model` means. Only for a checkpoint or a folder of the hub's kind is torch imported."""
+    path = Path(model)
+    if path.suffix == ".json" and path.is_file():
+        return Network.from_json(path.read_text())
+    if path.exists() or "/" in model or ":" in model or path.suffix in (".json", ".safetensors"):
+        from effnet import zoo
+
+        return zoo.find(model).network
+    return families.get(model)
+
+
+def weights(file: str, model: str | None, classes: int | None) -> "Checkpoint":
+    """The checkpoint that `file` is; or its weights as those of `model`, with `classes` outputs if not the usual number.
+
+    `UsageError` for weights that do not say their network where `model` is not given; it names those that fit.
+    """
+    from effnet import zoo
+    from effnet.checkpoint import is_checkpoint
+    from effnet.dialects import read_foreign
+    from effnet.weight_files import SUFFIXES
+
+    path = Path(file)
+    ours = path.suffix == ".safetensors" and path.is_file() and is_checkpoint(path)
+    if model is not None:
+        named = zoo.find(model, pretrained=False).network
+        return zoo.with_weights(named.with_classes(classes or named.head.classes), path)
+    if path.is_file() and path.suffix in SUFFIXES and not ours:
+        fits = ", ".join(zoo.fitting(read_foreign(path))) or "no network that we know"
+        raise UsageError(f"{file} does not say which network its weights are of: add --model NAME. They fit {fits}.")
+    found = zoo.find(file)
+    if not found.tensors:
+        raise UsageError(f"{file} is a network without weights: there is nothing to convert.")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `plan` and `train` are told. `why`: how the recipe was chosen, where the user did not."""
+
+    splits: "Splits"
+    model: "Model"
+    recipe: Recipe
+    why: str
+
+
+def job(
+    data: str,
+    model: str,
+    *,
+    pretrained: bool,
+    pretrained_from: str | None,
+    recipe: str | None,
+    settings: Sequence[str] | None,
+    split_seed: int,
+    val_fraction: float,
+) -> Job:
+    """The data, the model to start from and the recipe. Raises `UsageError`."""
+    from effnet.data import open_data
+
+    changes = dict(map(_setting, settings or ()))
+    chosen = recipes.get(recipe) if recipe else None
+    recipes.with_settings(chosen or recipes.FINETUNE, changes)  # a wrong word is refused before anything is read
+    splits = open_data(data, split_seed=split_seed, val_fraction=val_fraction)
+    start, trained = _start(model, pretrained, pretrained_from, len(splits.classes))
+    why = ""
+    if chosen is None:
+        chosen = recipes.get("finetune" if trained else "scratch")
+        weights = "trained" if trained else "random"
+        others = ", ".join(name for name in recipes.RECIPES if name != chosen.name)
+        why = f"recipe {chosen.name}, because the network starts from {weights} weights (--recipe {others})"
+    return Job(splits=splits, model=start, recipe=recipes.with_settings(chosen, changes), why=why)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text!r} is not FIELD=VALUE, as in --set epochs=5.")
+    return name.strip(), value.strip()
+
+
+def _start(model: str, pretrained: bool, pretrained_from: str | None, classes: int) -> tuple["Model", bool]:
+    """The model to train, and whether its weights were trained before."""
+    from effnet import zoo
+    from effnet.checkpoint import to_model
+    from effnet.network import Model, build
+
+    if pretrained_from is None:
+        found = zoo.find(model, pretrained=True if pretrained else None)
+        return (to_model(found), True) if found.tensors else (build(found.network), False)
+    if pretrained:
+        raise UsageError("--pretrained and --pretrained-from both say which weights to start from: give one of them.")
+    if Path(pretrained_from).is_file():
+        started = zoo.create_model(model, num_classes=classes, checkpoint_path=pretrained_from)
+        assert isinstance(started, Model)
+        return started, True
+    started, wanted = zoo.load_model(pretrained_from, pretrained=True), zoo.find(model, pretrained=False).network
+    if (started.network.stem, started.network.stages) != (wanted.stem, wanted.stages):
+        raise UsageError(f"the weights {pretrained_from} are those of {started.network.name}, not of {wanted.name}.")
+    return started, True
+
+
+# --- the run a model comes from -------------------------------------------------------------------------------------
+
+SPLIT_FILE = "split.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The run that made a checkpoint. `data`, `fingerprint`: of what it trained on; `cut`: how that was split."""
+
+    folder: Path
+    data: str
+    fingerprint: str
+    cut: dict[str, Any]
+
+
+def keep_cut(run: Path, split_seed: int, val_fraction: float) -> None:
+    """Notes in the run folder how the data was split, for `origin`."""
+    (run / SPLIT_FILE).write_text(json.dumps({"split_seed": split_seed, "val_fraction": val_fraction}) + "\n")
+
+
+def origin(model: str) -> Origin | None:
+    """The run that `model` (a run folder, or a checkpoint in one) comes from; None for any other model."""
+    from effnet.runs import read_history
+
+    path = Path(model)
+    folder = next((folder for folder in (path, path.parent) if (folder / "log.jsonl").is_file()), None)
+    if folder is None or not path.exists():
+        return None
+    start = read_history((folder / "log.jsonl").read_text()).starts[0]
+    cut = json.loads((folder / SPLIT_FILE).read_text()) if (folder / SPLIT_FILE).is_file() else {}
+    return Origin(folder=folder, data=start["data"], fingerprint=start["fingerprint"], cut=cut)
+
+
+def data_for(
+    model: "Model", run: Origin | None, data: str, *, split_seed: int | None = None, val_fraction: float | None = None
+) -> "Splits":
+    """The data that `model` is to be judged on: its class list enforced, and cut as it was for training.
+
+    A note on stderr where that is not so: then images that the model was trained on may be in the test part.
+    """
+    from effnet.data import open_data
+
+    given = {"split_seed": split_seed, "val_fraction": val_fraction}
+    cut: dict[str, Any] = {"split_seed": SPLIT_SEED, "val_fraction": VAL_FRACTION} | (run.cut if run else {})
+    cut |= {name: value for name, value in given.items() if value is not None}
+    splits = open_data(data, classes=model.labels, **cut)
+    if run and run.data == splits.name and run.fingerprint != splits.train.fingerprint():
+        sys.stderr.write(
+            f"effnet: note: {splits.name} is not split as it was when {run.folder} was trained (or its files changed): "
+            "the model may be judged on images that it learnt from.\n"
+        )
+    return splits
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+Picture = tuple[str, str | None, "np.ndarray"]  # name, true class where it is known, uint8 (H, W, 3)
+
+
+def file_pictures(paths: Sequence[str]) -> Iterator[Picture]:
+    """The images at `paths`, decoded one by one. Raises `ImageError` for the first that cannot be."""
+    from effnet.images import decode
+    from effnet.predict import expand
+
+    for path in expand(paths):
+        yield str(path), None, decode(path)
+
+
+def data_pictures(splits: "Splits", split: str, count: int) -> Iterator[Picture]:
+    """`count` images of a part of the data, evenly spread over it."""
+    source = splits.part(split)
+    count = min(count, len(source))
+    for index in (number * len(source) // count for number in range(count)):
+        label = source.labels[index]
+        yield source.ids[index], source.classes[label] if label >= 0 else None, source.image(index)

@@ -1,0 +1,378 @@
+"""How does a training picture vary? Pure functions: (input, magnitude, random generator) -> output.
+
+`view` makes one training view of a decoded image with as few resamplings as it can: a crop, or turns and a small affine
+map in one. `rand_augment` and `auto_augment` work on a view, `mixup` and `cutmix` on a batch. Nothing keeps state, and
+nothing reads a global generator.
+
+Sources: the crop is TensorFlow's sample_distorted_bounding_box as the official code calls it (preprocessing.py);
+RandAugment (Cubuk et al. 2020) and AutoAugment v0 (Cubuk et al. 2019) as in the official autoaugment.py; mixup (Zhang
+et al. 2018) and cutmix (Yun et al. 2019) as in the official V2 datasets.py; random erasing (Zhong et al. 2020).
+Departures: crops are resized with antialias; crops of 8-10 %, which V1's code draws and rejects, are kept; Contrast
+blends with the mean grey (the official line counts the pixels instead: 196 for any picture of 224 px); in `view`,
+RandAugment's shifts and cut-outs shrink below 224 px (`Reach.at`).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from effnet.images import resampling
+from effnet.spec import Interpolation
+from effnet.value import check_choice, check_range
+
+Crop = Literal["inception", "dihedral", "resize", "none"]
+FILL = (128, 128, 128)  # what geometric operations uncover (official code)
+
+# --- one view of one image ------------------------------------------------------------------------------------------
+
+
+def view(image: np.ndarray, size_px: int, *, crop: Crop, magnitude: float = 0.0, rng: np.random.Generator,
+         interpolation: Interpolation = "bicubic", area: tuple[float, float] = (0.08, 1.0)) -> np.ndarray:
+    """One random training view of `image` (uint8 (H, W, 3)) as uint8 (size_px, size_px, 3).
+
+    `crop` `inception`: a share `area` of the image (V2: from 0.05) at an aspect of 3/4 to 4/3, flipped half the time.
+    `dihedral`: the central square, one of its eight flips and turns, within 3 degrees, 2 % of shift and 2 % of scale;
+    for pictures without an up (one bilinear resampling). `resize`: the whole image, flipped half the time. `none`: the
+    whole image. `magnitude` above 0: two operations of RandAugment on top, see `rand_augment`.
+    """
+    check_choice("crop", crop, get_args(Crop))
+    check_range("size_px", size_px, 1)
+    check_range("magnitude", magnitude, 0)
+    if crop == "dihedral":
+        pixels = warp(image, size_px, turns=int(rng.integers(4)), flip=bool(rng.integers(2)),
+                      degrees=rng.uniform(-3, 3), zoom=1 + rng.uniform(-0.02, 0.02), shift=rng.uniform(-0.02, 0.02, 2))
+    else:
+        if crop == "inception":
+            left, top, width, height = inception_box(image.shape[1], image.shape[0], rng, area=area)
+            image = image[top : top + height, left : left + width]
+        # reducing_gap: whole multiples are averaged first, which is fast and, at 2, hard to tell from the full filter
+        picture = Image.fromarray(image).resize((size_px, size_px), resampling(interpolation), reducing_gap=2.0)
+        if crop != "none" and rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = np.array(picture)
+    if magnitude == 0:
+        return pixels
+    return rand_augment(pixels, magnitude, rng, reach=RAND_REACH.at(size_px))
+
+
+def inception_box(width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float] = (0.08, 1.0),
+                  aspect: tuple[float, float] = (3 / 4, 4 / 3), attempts: int = 10) -> tuple[int, int, int, int]:
+    """A random crop (left, top, width, height): an aspect is drawn first, then a height that gives an allowed `area`.
+
+    After `attempts`, or where the crop is the whole image, the centre crop of 87.5 % of the shorter side.
+    """
+    for _ in range(attempts):
+        ratio = rng.uniform(*aspect)
+        low, high = (round(math.sqrt(share * width * height / ratio)) for share in area)
+        high = min(high, height, int((width + 0.5) / ratio))
+        crop_height = int(rng.integers(min(low, high), high + 1))
+        crop_width = round(crop_height * ratio)
+        if (crop_width, crop_height) == (width, height):
+            break
+        fits = 1 <= crop_height <= height and 1 <= crop_width <= width
+        if fits and area[0] <= crop_width * crop_height / (width * height) <= area[1]:
+            left, top = int(rng.integers(width - crop_width + 1)), int(rng.integers(height - crop_height + 1))
+            return left, top, crop_width, crop_height
+    side = max(1, int(0.875 * min(width, height)))
+    return (width - side + 1) // 2, (height - side + 1) // 2, side, side
+
+
+def warp(image: np.ndarray, size_px: int, *, turns: int = 0, flip: bool = False, degrees: float = 0.0,
+         zoom: float = 1.0, shift: tuple[float, float] | np.ndarray = (0.0, 0.0)) -> np.ndarray:
+    """The central square of `image` at (size_px, size_px): flipped left-right, then turned, in one bilinear resampling.
+
+    `turns`: quarter turns counter-clockwise, as `np.rot90`. `degrees`: a turn before the flip, counter-clockwise too.
+    `zoom` above 1 shows more than the square. `shift` (x, y): of the window over the source, in shares of the square.
+    What lies outside the image is its mirror image. Sources of twice the size and more are averaged over whole pixels
+    first. At the square's own size, and without the other three, flips and turns are exact.
+    """
+    height, width = image.shape[:2]
+    side = min(height, width)
+    reduction = max(1, side // size_px)
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    quarter = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), turns % 4)  # view to source: (x, y) -> (-y, x)
+    mirror = np.diag([-1 if flip else 1, 1])
+    matrix = side * zoom / size_px * np.array([[cosine, -sine], [sine, cosine]]) @ mirror @ quarter
+    centre = np.array([width, height]) / 2 + side * np.asarray(shift)
+    origin = centre - matrix @ [size_px / 2, size_px / 2]  # the source point of the view's top left corner
+
+    corners = origin + size_px * np.array([[0, 0], [0, 1], [1, 0], [1, 1]]) @ matrix.T
+    image, left, top = _mirrored(image, corners.min(axis=0), corners.max(axis=0), reduction)
+    picture = Image.fromarray(image)
+    if reduction > 1:
+        picture = picture.reduce(reduction)
+    (a, b), (d, e) = matrix / reduction
+    c, f = (origin + np.array([left, top])) / reduction
+    data = (a, b, c, d, e, f)  # from the view's pixels to the picture's
+    return np.array(picture.transform((size_px, size_px), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+
+
+def _mirrored(image: np.ndarray, low: np.ndarray, high: np.ndarray, step: int) -> tuple[np.ndarray, int, int]:
+    """`image` continued by reflection until it holds the points `low` to `high`; and what was added left and above.
+
+    Whole multiples of `step` are added there, so that averaging over `step` pixels meets the same pixels as without.
+    """
+    height, width = image.shape[:2]
+    left, top = (math.ceil(max(0.0, -value) / step) * step for value in low)
+    right, bottom = (math.ceil(max(0.0, value)) for value in high - [width, height])
+    if left or top or right or bottom:
+        image = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="symmetric")
+    return image, left, top
+
+
+# --- RandAugment and AutoAugment ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far level 10 shifts a picture, and half the side of the square it cuts out, in pixels."""
+
+    translate_px: float
+    cutout_px: float
+
+    def at(self, size_px: int) -> "Reach":
+        """The same share of the picture below 224 px: 100 pixels would move one of 64 px out of sight."""
+        scale = min(1.0, size_px / 224)
+        return Reach(translate_px=self.translate_px * scale, cutout_px=self.cutout_px * scale)
+
+
+RAND_REACH = Reach(translate_px=100, cutout_px=40)
+AUTO_REACH = Reach(translate_px=250, cutout_px=100)
+
+Operation = Callable[[Image.Image, float, np.random.Generator, Reach], Image.Image]
+
+
+def _either_way(value: float, rng: np.random.Generator) -> float:
+    """`value` with a random sign."""
+    return value if rng.random() < 0.5 else -value
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """The official code samples the nearest pixel."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=FILL)
+
+
+def _rotate(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    return image.rotate(_either_way(30 * level / 10, rng), Image.Resampling.NEAREST, fillcolor=FILL)
+
+
+def _shear_x(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    return _affine(image, (1, _either_way(0.3 * level / 10, rng), 0, 0, 1, 0))
+
+
+def _shear_y(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    return _affine(image, (1, 0, 0, _either_way(0.3 * level / 10, rng), 1, 0))
+
+
+def _translate_x(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
+    return _affine(image, (1, 0, _either_way(reach.translate_px * level / 10, rng), 0, 1, 0))
+
+
+def _translate_y(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, _either_way(reach.translate_px * level / 10, rng)))
+
+
+def _posterize(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    bits = int(level / 10 * 4)
+    return ImageOps.posterize(image, min(max(bits, 1), 8))  # TensorFlow clamps the shift too: at least one bit is kept
+
+
+def _solarize(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    return ImageOps.solarize(image, int(level / 10 * 256))  # from level 10 on nothing is inverted (official)
+
+
+def _solarize_add(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
+    table = [min(255, value + int(level / 10 * 110)) if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
+
+
+def _cutout(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
+    left, top, right, bottom = _square(image.width, image.height, int(level / 10 * reach.cutout_px), rng)
+    image = image.copy()
+    image.paste(FILL, (left, top, right, bottom))
+    return image
+
+
+def _factor(level: float) -> float:
+    """How much of the picture is left beside its degenerate twin (grey, mean, black, smooth); 1 changes nothing."""
+    return level / 10 * 1.8 + 0.1
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": lambda image, level, rng, reach: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, rng, reach: ImageOps.equalize(image),
+    "Invert": lambda image, level, rng, reach: ImageOps.invert(image),
+    "Rotate": _rotate,
+    "Posterize": _posterize,
+    "Solarize": _solarize,
+    "Color": lambda image, level, rng, reach: ImageEnhance.Color(image).enhance(_factor(level)),
+    "Contrast": lambda image, level, rng, reach: ImageEnhance.Contrast(image).enhance(_factor(level)),
+    "Brightness": lambda image, level, rng, reach: ImageEnhance.Brightness(image).enhance(_factor(level)),
+    "Sharpness": lambda image, level, rng, reach: ImageEnhance.Sharpness(image).enhance(_factor(level)),
+    "ShearX": _shear_x,
+    "ShearY": _shear_y,
+    "TranslateX": _translate_x,
+    "TranslateY": _translate_y,
+    "Cutout": _cutout,
+    "SolarizeAdd": _solarize_add,
+}
+
+
+def distort(image: np.ndarray, operation: str, level: float, rng: np.random.Generator, *,
+            reach: Reach = RAND_REACH) -> np.ndarray:
+    """One operation of RandAugment, by name, on a uint8 (H, W, 3) image. Levels above 10 extrapolate."""
+    check_choice("operation", operation, OPERATIONS)
+    return np.array(OPERATIONS[operation](Image.fromarray(image), level, rng, reach))
+
+
+def rand_augment(image: np.ndarray, magnitude: float, rng: np.random.Generator, *, operations: int = 2,
+                 reach: Reach = RAND_REACH) -> np.ndarray:
+    """`operations` of the sixteen, drawn with replacement, each at level `magnitude` (0..10; more extrapolates).
+
+    The paper's and the code's magnitudes share this scale; they differ in what a recipe asks for (V2: 15/20/25 against
+    10/15/20). Level 0 is not the identity: Posterize keeps one bit, Solarize inverts, Color leaves a tenth.
+    """
+    picture = Image.fromarray(image)
+    for index in rng.integers(len(OPERATIONS), size=operations):
+        picture = list(OPERATIONS.values())[index](picture, magnitude, rng, reach)
+    return np.array(picture)
+
+
+Step = tuple[str, float, int]  # operation, probability, level
+
+AUTO_AUGMENT_V0: tuple[tuple[Step, Step], ...] = (
+    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
+    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
+    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
+    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
+    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
+    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
+    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+)
+
+
+def auto_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the 25 sub-policies of AutoAugment v0, drawn uniformly, on a uint8 (H, W, 3) image."""
+    picture = Image.fromarray(image)
+    for name, probability, level in AUTO_AUGMENT_V0[rng.integers(len(AUTO_AUGMENT_V0))]:
+        if rng.random() < probability:
+            picture = OPERATIONS[name](picture, level, rng, AUTO_REACH)
+    return np.array(picture)
+
+
+# --- holes ----------------------------------------------------------------------------------------------------------
+
+
+def _square(width: int, height: int, half_px: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A square of side 2 * half_px around a uniform centre, clipped to the image: (left, top, right, bottom)."""
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    return max(0, x - half_px), max(0, y - half_px), min(width, x + half_px), min(height, y + half_px)
+
+
+def cutout(image: np.ndarray, half_px: int, rng: np.random.Generator) -> np.ndarray:
+    """A square of side 2 * `half_px` around a random centre becomes noise (DeVries & Taylor 2017).
+
+    The official V2 fine-tuning takes a quarter of the image's side for `half_px`.
+    """
+    left, top, right, bottom = _square(image.shape[1], image.shape[0], half_px, rng)
+    return _with_noise(image, left, top, right, bottom, rng)
+
+
+def erase(image: np.ndarray, p: float, rng: np.random.Generator, *, area: tuple[float, float] = (0.02, 0.4),
+          aspect: float = 0.3) -> np.ndarray:
+    """Random erasing: with probability `p` a rectangle of 2-40 % of the area becomes noise (Zhong et al. 2020, Alg. 1).
+
+    `aspect`: the least height / width, its inverse the largest. A hundred attempts to fit one, else nothing is erased.
+    """
+    check_range("erasing probability", p, 0, 1)
+    if rng.random() >= p:
+        return image
+    height, width = image.shape[:2]
+    for _ in range(100):
+        pixels, ratio = rng.uniform(*area) * height * width, rng.uniform(aspect, 1 / aspect)
+        hole_height, hole_width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if hole_height <= height and hole_width <= width:
+            left, top = int(rng.integers(width - hole_width + 1)), int(rng.integers(height - hole_height + 1))
+            return _with_noise(image, left, top, left + hole_width, top + hole_height, rng)
+    return image
+
+
+def _with_noise(image: np.ndarray, left: int, top: int, right: int, bottom: int,
+                rng: np.random.Generator) -> np.ndarray:
+    image = image.copy()
+    image[top:bottom, left:right] = rng.integers(0, 256, (bottom - top, right - left, 3), dtype=np.uint8)
+    return image
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def mixup(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Each image with the one at the mirrored place of the batch: w * own + (1 - w) * other; the targets likewise.
+
+    `batch`: float (N, C, H, W); `targets`: float (N, K). w ~ Beta(alpha, alpha) per image, folded to max(w, 1 - w), so
+    that an image stays mostly itself. `alpha` 0: nothing changes.
+    """
+    check_range("mixup alpha", alpha, 0)
+    if alpha == 0:
+        return batch, targets
+    weight = torch.from_numpy(rng.beta(alpha, alpha, len(batch)))
+    weight = torch.maximum(weight, 1 - weight).to(batch.device, torch.float32)
+    mixed = torch.lerp(batch.flip(0), batch, weight.view(-1, 1, 1, 1).to(batch.dtype))
+    return mixed, torch.lerp(targets.flip(0), targets, weight.view(-1, 1).to(targets.dtype))
+
+
+def cutmix(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Each image with a rectangle of the one at the mirrored place; the targets by the area that was really pasted.
+
+    Shapes as `mixup`. The rectangle has the image's aspect, sides of sqrt(1 - Beta(alpha, alpha)) and a uniform centre,
+    and is clipped at the borders. `alpha` 0: nothing changes.
+    """
+    check_range("cutmix alpha", alpha, 0)
+    if alpha == 0:
+        return batch, targets
+    count, _, height, width = batch.shape
+    mixed, pasted = batch.clone(), torch.empty(count, 1, dtype=targets.dtype)
+    for i, ratio in enumerate(np.sqrt(1 - rng.beta(alpha, alpha, count))):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        half_width, half_height = int(ratio * width) // 2, int(ratio * height) // 2
+        columns = slice(max(0, x - half_width), min(width, x + half_width))
+        rows = slice(max(0, y - half_height), min(height, y + half_height))
+        mixed[i, :, rows, columns] = batch[count - 1 - i, :, rows, columns]
+        pasted[i] = (columns.stop - columns.start) * (rows.stop - rows.start) / (height * width)
+    return mixed, torch.lerp(targets, targets.flip(0), pasted.to(targets.device))
+
+
+def mix(batch: Tensor, targets: Tensor, *, mixup_alpha: float, cutmix_alpha: float,
+        rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Mixup on the first half of the batch and cutmix on the second; where one `alpha` is 0, the other on all of it."""
+    if not (mixup_alpha and cutmix_alpha):
+        return cutmix(*mixup(batch, targets, mixup_alpha, rng), cutmix_alpha, rng)
+    half = len(batch) // 2
+    blended = mixup(batch[:half], targets[:half], mixup_alpha, rng)
+    pasted = cutmix(batch[half:], targets[half:], cutmix_alpha, rng)
+    return torch.cat([blended[0], pasted[0]]), torch.cat([blended[1], pasted[1]])

@@ -1,0 +1,429 @@
+"""What does `effnet` do when it is typed? One function per verb: a library call, shown to people or written as JSON.
+
+Every verb prints for people, or with `--json` exactly one JSON document on stdout (progress then goes to stderr). A
+mistake of the user is one line on stderr, `effnet: ...`, and exit code 2. `doctor` exits with 1 when it finds errors, an
+interrupted training with 128 + the signal, as shells count.
+
+torch takes seconds to import, so whatever needs it is imported inside the verbs: `effnet --help`, `list` and `info`
+answer at once.
+"""
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from effnet import arguments, display, families
+from effnet.arguments import (
+    SPLIT_SEED,
+    VAL_FRACTION,
+    AsJson,
+    BatchSize,
+    Data,
+    Device,
+    Job,
+    ModelName,
+    ModelOption,
+    Paths,
+    Pretrained,
+    PretrainedFrom,
+    RecipeName,
+    Settings,
+    Split,
+    SplitSeed,
+    ValFraction,
+    Workers,
+)
+from effnet.cost import cost, stage_rows
+from effnet.value import UsageError, nearest
+
+if TYPE_CHECKING:
+    from effnet.evaluate import Scores
+    from effnet.plan import Plan
+
+app = typer.Typer(
+    name="effnet",
+    help="The best image classifier for a budget: EfficientNet, from a folder of images to a report.",
+    epilog="Example: effnet train photos/ --model efficientnet_lite0 --pretrained",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+# --- the frame ------------------------------------------------------------------------------------------------------
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command line (`sys.argv` if None) and returns its exit code; a mistake is one line on stderr."""
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        with _warnings_in_one_line():
+            return app(words or ["--help"], prog_name="effnet", standalone_mode=False) or 0
+    except TyperException as error:  # an unknown verb or option, a missing argument
+        return _failed(error.format_message())
+    except UsageError as error:
+        return _failed(str(error))
+    except OSError as error:  # a folder that may not be written, a full disk: the system's own words
+        if error.strerror is None:
+            raise
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+
+
+def _failed(message: str, code: int = 2) -> int:
+    _say(message)
+    return code
+
+
+def _say(message: str) -> None:
+    """One line on stderr, whatever is in the message."""
+    sys.stderr.write(f"effnet: {' '.join(message.split())}\n")
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our own warnings (a damaged checkpoint was replaced) are for the user and look so; the others stay as they are."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if category.__module__.startswith("effnet."):
+                _say(f"note: {message}")
+            else:
+                usual(message, category, *where)
+
+        warnings.showwarning = show
+        yield
+
+
+def _answer(document: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Writes the document, or shows people theirs. Flushes, so that a pipe that was closed is noticed (quietly) here."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.flush()
+    else:
+        show()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from effnet import __version__
+
+        sys.stdout.write(f"effnet {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _effnet(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    pass
+
+
+# --- facts: no torch ------------------------------------------------------------------------------------------------
+
+
+@app.command("list", epilog="Example: effnet list lite")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as efficientnetv2_?")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """The known networks, what they cost, and which of them have trained weights."""
+    names = families.names(pattern if set(pattern) & set("*?[") else f"*{pattern}*")
+    if not names:
+        raise UsageError(f"no network matches {pattern!r}.{nearest(pattern, [*families.names(), *families.ALIASES])}")
+    rows = [_listed(name) for name in names]
+    _answer(rows, as_json, lambda: display.show_networks(display.console(), rows))
+
+
+def _listed(name: str) -> dict[str, Any]:
+    network = families.get(name)
+    spent = cost(network)
+    weights = [found for tag in families.tags(name) if (found := families.weights(tag))]
+    kept = ("name", "top1", "licence", "package", "hub")
+    return {
+        "name": name,
+        "params": spent.params,
+        "macs": spent.macs,
+        "size_px": network.resolution,
+        "weights": [{key: getattr(found, key) for key in kept} for found in weights],
+    }
+
+
+@app.command(epilog="Example: effnet info efficientnet_b4 --size 300 --batch 32")
+def info(
+    model: ModelName,
+    size: Annotated[int | None, typer.Option(min=1, help="Input size in px. Default: the network's own.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step, for the training memory.")] = 1,
+    units: Annotated[bool, typer.Option("--units", help="A row per unit instead of per stage.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The table of a network as a paper prints it, with its exact cost.
+
+    With --json, `definition` is the Network itself: save it as a .json file, change it, and use that file as MODEL.
+    """
+    network = arguments.network(model)
+    spent = cost(network, size, batch)
+    stages = stage_rows(network, size)
+    document = spent.to_dict() | {"stages": stages, "definition": network.to_dict()}
+    _answer(document, as_json, lambda: display.show_cost(display.console(), network, spent, stages, units=units))
+
+
+# --- before training ------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: effnet doctor photos/")
+def doctor(data: Data, workers: Workers = None, as_json: AsJson = False) -> None:
+    """Looks at every image before training: unreadable files, leaks between parts, duplicates, imbalance.
+
+    Changes nothing. Exits with 1 when a finding is an error.
+    """
+    from effnet.doctor import examine
+
+    with display.counting(display.console(stderr=as_json), "looking at images") as progress:
+        found = examine(data, workers=2 if workers is None else workers, progress=progress)
+    _answer(found.to_dict(), as_json, lambda: display.show_diagnosis(display.console(), found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: effnet plan photos/ --model efficientnet_lite0 --pretrained --set epochs=5")
+def plan(
+    data: Data,
+    model: ModelOption,
+    pretrained: Pretrained = False,
+    pretrained_from: PretrainedFrom = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    split_seed: SplitSeed = SPLIT_SEED,
+    val_fraction: ValFraction = VAL_FRACTION,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What training will do and cost: phases, steps, MACs, memory, disk, time. A few steps are timed, none is kept."""
+    from effnet.plan import plan as planned
+
+    job = arguments.job(
+        data, model, pretrained=pretrained, pretrained_from=pretrained_from, recipe=recipe, settings=settings,
+        split_seed=split_seed, val_fraction=val_fraction,
+    )  # fmt: skip
+    counts = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
+    todo = planned(job.model, job.recipe, classes=job.splits.classes, device=arguments.device(device), **counts)
+    document = todo.to_dict() | {"data": job.splits.name, "note": job.splits.note, "seconds": todo.seconds}
+    _answer(document, as_json, functools.partial(_show_plan, job, todo))
+
+
+def _show_plan(job: Job, todo: "Plan") -> None:
+    out = display.console()
+    display.show_note(out, job.splits.note)
+    display.show_note(out, job.why)
+    display.show_plan(out, todo)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: effnet train photos/ --model efficientnet_lite0 --pretrained --out runs/photos")
+def train(
+    data: Data,
+    model: ModelOption,
+    pretrained: Pretrained = False,
+    pretrained_from: PretrainedFrom = None,
+    recipe: RecipeName = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/DATA-MODEL.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder, exactly.")] = False,
+    split_seed: SplitSeed = SPLIT_SEED,
+    val_fraction: ValFraction = VAL_FRACTION,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trains MODEL on DATA into a run folder. Ctrl-C saves; the same command with --resume goes on from there."""
+    from effnet.plan import Plan
+    from effnet.train import Interrupted, training
+
+    job = arguments.job(
+        data, model, pretrained=pretrained, pretrained_from=pretrained_from, recipe=recipe, settings=settings,
+        split_seed=split_seed, val_fraction=val_fraction,
+    )  # fmt: skip
+    run = out or Path("runs") / f"{arguments.slug(data)}-{arguments.slug(model)}"
+    options: dict[str, Any] = {"resume": resume, "device": arguments.device(device), "workers": workers}
+    people, event = display.console(stderr=as_json), {}
+    display.show_note(people, job.why)
+    try:
+        with display.training_view(people, lambda: Plan.from_json((run / "plan.json").read_text())) as view:
+            for event in training(job.splits, job.model, job.recipe, run, **options):
+                if event["event"] == "start":
+                    arguments.keep_cut(run, split_seed, val_fraction)
+                view.show(event)
+    except Interrupted as error:
+        raise typer.Exit(_failed(str(error), 128 + error.signal)) from None
+    document = {**event, "run": str(run), "checkpoint": str(run / "best.safetensors")}
+    _answer(document, as_json, lambda: display.show_end(people, document))
+
+
+# --- a trained model ------------------------------------------------------------------------------------------------
+
+
+@app.command("eval", epilog="Example: effnet eval runs/photos photos/ --split test")
+def eval_(
+    model: ModelName,
+    data: Data,
+    split: Split = "test",
+    out: Annotated[Path | None, typer.Option(help="Write the result as .json, or a row per image as .csv.")] = None,
+    batch: BatchSize = 64,
+    split_seed: Annotated[int | None, typer.Option(min=0, help="Default: that of the run, else 0.")] = None,
+    val_fraction: Annotated[float | None, typer.Option(help="Default: that of the run, else 0.15.")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """How good MODEL is on a part of DATA: accuracy with its interval, per class, calibration, confusion.
+
+    A run folder keeps the result as eval.json and predictions.csv (eval-val.json for the val part, and so on).
+    """
+    from effnet.evaluate import measure, predict_source
+    from effnet.zoo import load_model
+
+    arguments.table_file(out)
+    loaded, run = load_model(model), arguments.origin(model)
+    splits = arguments.data_for(loaded, run, data, split_seed=split_seed, val_fraction=val_fraction)
+    source, where = splits.part(split), arguments.device(device)
+    with display.counting(display.console(stderr=as_json), "predicting") as progress:
+        scores = predict_source(loaded, source, batch=batch, workers=workers, device=where, on_batch=progress)
+    judged = measure(scores)
+    document = {"model": model, "data": splits.name, "split": split, "note": splits.note} | judged.to_dict()
+    named = [] if run is None or run.data == splits.name else [arguments.slug(data)]
+    named += [] if split == "test" else [split]
+    files = [Path(model) / "-".join(["eval", *named]), Path(model) / "-".join(["predictions", *named])]
+    kept = [files[0].with_suffix(".json"), files[1].with_suffix(".csv")] if run and Path(model).is_dir() else []
+    _keep_evaluation(document, scores, [*kept, *([out] if out else [])])
+    title = f"{model} on {splits.name}, {split}"
+    _answer(document, as_json, lambda: display.show_evaluation(display.console(), judged, title))
+
+
+def _keep_evaluation(document: dict[str, Any], scores: "Scores", files: Sequence[Path]) -> None:
+    from effnet.checkpoint import write_atomically
+    from effnet.evaluate import write_predictions
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(json.dumps(document, indent=1))
+
+    for path in files:
+        if path.suffix == ".csv":
+            write_predictions(path, scores)
+        else:
+            write_atomically(path, write)
+
+
+@app.command(epilog="Example: effnet predict efficientnet_lite0.in1k cat.jpg holiday/ --top-k 3 --out found.csv")
+def predict(
+    model: ModelName,
+    paths: Paths,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write a row per image to this .csv or .json file.")] = None,
+    batch: BatchSize = 32,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """The most probable classes of images. One that cannot be read costs its own row, a line on stderr and exit code 2."""
+    from effnet.predict import expand, write_csv, write_json
+    from effnet.predict import predict as predictions
+    from effnet.zoo import load_model
+
+    arguments.table_file(out)
+    files, rows = expand(paths), []
+    loaded, where = load_model(model), arguments.device(device)
+    with display.counting(display.console(stderr=as_json), "predicting") as progress:
+        for row in predictions(loaded, files, top_k=top_k, batch=batch, device=where):
+            rows.append(row)
+            progress(len(rows), len(files))
+    if out:
+        (write_csv if out.suffix == ".csv" else write_json)(out, rows)
+    _answer([row.to_dict() for row in rows], as_json, lambda: display.show_predictions(display.console(), rows))
+    broken = [row for row in rows if row.error]
+    for row in broken:
+        _say(f"{row.path}: {row.error}")
+    if broken:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: effnet explain runs/photos photos/test/cat/1.jpg --out maps")
+def explain(
+    model: ModelName,
+    paths: Paths = [],  # noqa: B006  (typer needs a list, and nobody changes it)
+    method: Annotated[Literal["cam", "gradcam"], typer.Option(help="gradcam needs effnet[explain].")] = "cam",
+    target: Annotated[str | None, typer.Option(help="A class, by name or index. Default: the predicted one.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="Images of a data set instead of PATHs.")] = None,
+    split: Split = "test",
+    count: Annotated[int, typer.Option(min=1, help="How many images of --data, evenly spread.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Folder of the PNGs. Default: RUN/cams, else cams.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Where MODEL sees a class in images: one PNG per image with the class activation map beside and over it."""
+    from effnet import explain as explaining
+    from effnet.zoo import load_model
+
+    if bool(paths) == bool(data):
+        raise UsageError("name images (PATH...) or a data set (--data DATA), one of them.")
+    loaded, run, where = load_model(model), arguments.origin(model), arguments.device(device)
+    folder = out or (run.folder / "cams" if run else Path("cams"))
+    wanted = int(target) if target and target.isdigit() and target not in (loaded.labels or ()) else target
+    pictures = arguments.file_pictures(paths)
+    if data:
+        pictures = arguments.data_pictures(arguments.data_for(loaded, run, data), split, count)
+    rows = []
+    for name, truth, image in pictures:
+        why = explaining.explain(loaded, image, method=method, target=wanted, device=where)
+        path = folder / f"{len(rows):03d}-{arguments.slug(Path(name).stem)}.png"
+        explaining.panel(path, [image], [why], truths=[truth] if truth else None)
+        told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
+        rows.append({"image": name, "truth": truth, "file": str(path), **told, "map": why.map.tolist()})
+    _answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
+
+
+@app.command(epilog="Example: effnet report runs/photos")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], as_json: AsJson = False) -> None:
+    """One self-contained HTML file about a run: curves, confusion, calibration, cost, examples, environment."""
+    from effnet.report import report as written
+
+    path = written(run)
+    _answer({"report": str(path)}, as_json, lambda: display.show_path(display.console(), path))
+
+
+@app.command(epilog="Example: effnet convert runs/photos/best.safetensors photos.pth --dialect timm")
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Weights in any dialect, or any MODEL that has weights.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=".safetensors, .pth, .pt, .bin; .npz for tf.")],
+    dialect: Annotated[
+        Literal["effnet", "timm", "torchvision", "lukemelas", "tf"], typer.Option(help="The names in OUT.")
+    ] = "effnet",
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="The network, if FILE does not say it.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="Outputs in FILE, if not those of the network.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrites weights, bit for bit, under the names of another code base, or as a checkpoint that says its network."""
+    from effnet.checkpoint import save
+    from effnet.dialects import from_effnet, write_foreign
+
+    if dialect == "effnet" and out.suffix != ".safetensors":
+        raise UsageError(f"an effnet checkpoint is a .safetensors file; {out} is not named as one.")
+    found = arguments.weights(file, model, classes)
+    if dialect == "effnet":
+        save(out, found)
+    else:
+        write_foreign(out, from_effnet(found.weights, found.network, dialect))
+    document = {"file": file, "out": str(out), "dialect": dialect, "network": found.network.name}
+    document["tensors"] = len(found.weights)
+    _answer(document, as_json, lambda: display.show_path(display.console(), out))

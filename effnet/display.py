@@ -1,0 +1,362 @@
+"""How do results look to a person at a terminal? A rich table per kind of result, and one live line while training.
+
+Every function takes a library value and prints it; nothing is computed here that a `--json` document does not hold,
+except how long a run will still take (`Pace`). Nothing here imports torch, so that `effnet info` stays quick.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from effnet.cost import Cost
+from effnet.spec import Network
+from effnet.words import duration, in_bytes, metric, percent, short
+
+if TYPE_CHECKING:
+    from effnet.doctor import Diagnosis
+    from effnet.evaluate import Evaluation
+    from effnet.plan import Plan
+    from effnet.predict import Prediction
+
+PIPE_COLUMNS = 200  # without a terminal there is no width to fit; rich's 80 columns would cut the tables
+MOST_CLASSES = 30  # rows of a table of classes
+MOST_CONFUSED = 12  # classes of a printed confusion matrix
+SEVERITY_COLOURS = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "bold red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Where people read: stdout, or stderr while stdout is for a document."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_COLUMNS)
+
+
+def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table with the columns `left` (words) and then `right` (numbers)."""
+    made = Table(title=escape(title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in left:
+        made.add_column(escape(name), overflow="fold")
+    for name in right:
+        made.add_column(escape(name), justify="right", no_wrap=True)
+    return made
+
+
+def add(made: Table, *cells: object, style: str | None = None) -> None:
+    """Appends a row; None is an empty cell, and brackets in a file name are no markup."""
+    made.add_row(*("" if cell is None else escape(str(cell)) for cell in cells), style=style)
+
+
+def show_note(out: Console, note: str) -> None:
+    """A remark (the licence and protocol of a data set, why a recipe was chosen), if there is one."""
+    if note:
+        out.print(escape(note), style="dim")
+
+
+def show_path(out: Console, path: Path) -> None:
+    """Where a file was written, on a line that can be copied."""
+    out.print(str(path), markup=False, soft_wrap=True)
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+
+def show_networks(out: Console, rows: Iterable[Mapping[str, Any]]) -> None:
+    """The table of `effnet list`. Top-1: the best among the weights of a network."""
+    made = table("", ["network"], ["params", "MACs", "px", "weights", "top-1"])
+    for row in rows:
+        top1 = max((weights["top1"] or 0 for weights in row["weights"]), default=0)
+        counts = (short(row["params"]), short(row["macs"]), row["size_px"], len(row["weights"]) or None)
+        add(made, row["name"], *counts, f"{top1:.1f} %" if top1 else None)
+    out.print(made)
+    out.print("MACs of one image at px (1 MAC = 2 FLOPs). top-1: the best published on ImageNet with one of the weights.")
+
+
+def show_cost(out: Console, network: Network, spent: Cost, stages: Sequence[Mapping[str, Any]], *, units: bool) -> None:
+    """The table of a paper, a row per stage or per unit, and the totals."""
+    title = f"{network.name} at {spent.size} px" + (f" ({network.source})" if network.source else "")
+    out.print(_unit_table(title, spent) if units else _stage_table(title, stages))
+    totals = table("", ["total"], [""])
+    add(totals, "parameters (trainable)", f"{spent.params:,}")
+    add(totals, "batch-norm statistics", f"{spent.norm_statistics:,}")
+    add(totals, "MACs of one image (1 MAC = 2 FLOPs)", f"{spent.macs:,}")
+    add(totals, "activations of one image", f"{spent.activations:,}")
+    add(totals, "weights as float32", in_bytes(spent.weight_bytes))
+    add(totals, f"training memory at batch {spent.batch}, estimated", in_bytes(spent.training_bytes))
+    out.print(totals)
+    rates = f"dropout {network.dropout:g}, drop path {network.drop_path:g}"
+    out.print(f"{network.activation}, {network.padding} padding, {rates}")
+
+
+def _stage_table(title: str, stages: Sequence[Mapping[str, Any]]) -> Table:
+    numbers = ["kernel", "stride", "expand", "SE", "channels", "layers", "px", "params", "MACs"]
+    made = table(title, ["stage", "operator"], numbers)
+    for row in stages:
+        expand, se = (f"{row[key]:g}" if row[key] else None for key in ("expand", "se"))
+        channels = f"{row['in_channels']} -> {row['out_channels']}"
+        counts = (row["repeats"], f"{row['in_size']} -> {row['out_size']}", f"{row['params']:,}", f"{row['macs']:,}")
+        add(made, row["name"], row["op"], row["kernel"], row["stride"], expand, se, channels, *counts)
+    return made
+
+
+def _unit_table(title: str, spent: Cost) -> Table:
+    made = table(title, ["unit", "operator"], ["kernel", "stride", "channels", "squeeze", "px", "params", "MACs"])
+    for unit in spent.units:
+        channels, size = f"{unit.in_channels} -> {unit.out_channels}", f"{unit.in_size} -> {unit.out_size}"
+        counts = (unit.squeeze_channels or None, size, f"{unit.params:,}", f"{unit.macs:,}")
+        add(made, unit.name, unit.op, unit.kernel, unit.stride, channels, *counts)
+    return made
+
+
+# --- data and plans -------------------------------------------------------------------------------------------------
+
+
+def show_diagnosis(out: Console, found: "Diagnosis") -> None:
+    """Images per class and part, then every check with its severity."""
+    counts = table(found.name, ["class"], list(found.counts))
+    for label in found.classes[:MOST_CLASSES]:
+        add(counts, label, *(part[label] for part in found.counts.values()))
+    if len(found.classes) > MOST_CLASSES:
+        add(counts, f"and {len(found.classes) - MOST_CLASSES} more")
+    add(counts, "all", *(sum(part.values()) for part in found.counts.values()), style="bold")
+    if found.classes:
+        out.print(counts)
+    checks = table("", ["check", "", "finding"])
+    for row in found.rows:
+        colour = SEVERITY_COLOURS[row.severity]
+        checks.add_row(escape(row.check), f"[{colour}]{row.severity}[/]", escape(row.message))
+    out.print(checks)
+    show_note(out, found.note)
+
+
+def show_plan(out: Console, todo: "Plan") -> None:
+    """The phases, and what the run will take."""
+    title = f"{todo.network.name} by recipe {todo.recipe.name}, {len(todo.classes)} classes"
+    numbers = ["phase", "epochs", "steps", "px", "batch", "RandAugment", "mixup", "cutmix", "dropout", "drop path"]
+    made = table(title, [], [*numbers, "MACs", "memory", "images/s", "time"])
+    for row in todo.rows:
+        phase = row.phase
+        strengths = (phase.magnitude, phase.mixup, phase.cutmix, phase.dropout, phase.drop_path)
+        costs = (short(row.macs), in_bytes(row.training_bytes), f"{row.images_per_s:.1f}", duration(row.seconds))
+        number = f"{phase.index + 1} (head)" if phase.head_only else phase.index + 1
+        add(made, number, phase.epochs, row.steps, phase.size_px, phase.batch, *(f"{s:g}" for s in strengths), *costs)
+    out.print(made)
+    out.print(
+        f"{todo.train_images} images to train on, {todo.val_images} to validate on at {todo.preprocess.size} px. "
+        f"{todo.params:,} parameters; {todo.precision} on {escape(todo.device)}, {todo.threads} threads; checkpoints take "
+        f"up to {in_bytes(todo.disk_bytes)}."
+    )
+    out.print(f"Expected time: {duration(todo.seconds)}, as timed just now on images in memory.", style="bold")
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def show_end(out: Console, document: Mapping[str, Any]) -> None:
+    """How a training run ended: the best epoch and what to do with it."""
+    name = _headline(document["metrics"])
+    validated = f"{name.replace('_', ' ')} {metric(name, document['metrics'][name])}"
+    when = f"epoch {document['best_epoch'] + 1}, {duration(document['seconds'])} in all"
+    out.print(f"best on the validation images: {validated} ({when})", style="bold")
+    out.print(f"{document['checkpoint']}", markup=False, soft_wrap=True)
+    out.print(f"next: effnet eval {document['run']} DATA, effnet report {document['run']}", style="dim", markup=False)
+
+
+def show_evaluation(out: Console, judged: "Evaluation", title: str) -> None:
+    """The metrics (and a column per group), the per-class table, and the confusion matrix of a few classes."""
+    made = table(f"{title}: {judged.images} images", ["metric"], ["all", "95 % interval", *judged.groups])
+    for name, value in judged.metrics.items():
+        interval = judged.intervals.get(name)
+        bounds = f"{percent(interval.low)} to {percent(interval.high)}" if interval else None
+        grouped = (metric(name, group.metrics.get(name)) for group in judged.groups.values())
+        add(made, name.replace("_", " "), metric(name, value), bounds, *grouped)
+    out.print(made)
+    rows = table("", ["class"], ["precision", "recall", "F1", "images", "predicted"])
+    for row in judged.per_class[:MOST_CLASSES]:
+        shares = (metric("accuracy", share) for share in (row.precision, row.recall, row.f1))
+        add(rows, row.label, *shares, row.support, row.predicted)
+    if len(judged.per_class) > MOST_CLASSES:
+        add(rows, f"and {len(judged.per_class) - MOST_CLASSES} more")
+    out.print(rows)
+    if len(judged.classes) <= MOST_CONFUSED:
+        confused = table("", ["true, and predicted as"], judged.classes)
+        for label, counts in zip(judged.classes, judged.confusion, strict=True):
+            add(confused, label, *counts)
+        out.print(confused)
+
+
+def show_predictions(out: Console, rows: Sequence["Prediction"]) -> None:
+    """The best classes of every image that could be read."""
+    made = table("", ["image"])
+    for rank in range(max((len(row.labels) for row in rows), default=0)):
+        made.add_column("class" if rank == 0 else "", overflow="fold")
+        made.add_column("", justify="right", no_wrap=True)
+    for row in rows:
+        if row.error is None:
+            ranked = zip(row.labels, row.probabilities, strict=True)
+            add(made, row.path, *(cell for label, p in ranked for cell in (label, f"{100 * p:.1f} %")))
+    if made.row_count:
+        out.print(made)
+
+
+def show_explanations(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Which class was explained in which file."""
+    made = table("", ["image", "true", "explained"], ["probability"])
+    made.add_column("written to", overflow="fold")
+    for row in rows:
+        add(made, row["image"], row["truth"], row["label"], f"{100 * row['probability']:.1f} %", row["file"])
+    out.print(made)
+
+
+def _headline(metrics: Mapping[str, Any]) -> str:
+    """The metric that a run is judged by."""
+    return "weighted_accuracy" if "weighted_accuracy" in metrics else "accuracy"
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting(out: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an ETA; inside, call what is yielded with (done, total). Without a terminal nothing is drawn."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@dataclass(kw_only=True)
+class Pace:
+    """How long a run will still take: the plan's seconds that are left, times how much slower than planned it goes.
+
+    The plan knows that later phases with larger images are slower; the steps so far tell what it could not measure.
+    """
+
+    plan: "Plan"
+    step: int = 0  # finished steps of the whole run
+    slowness: float | None = None  # measured over planned seconds of a step, smoothed
+
+    def learn(self, step: int, phase: int, seconds: float) -> None:
+        """Takes in a finished step. The first measurement counts fully, each later one a twentieth."""
+        planned = min(self.plan.recipe.batch, self.plan.train_images) / self.plan.rows[phase].images_per_s
+        ratio = seconds / planned
+        self.slowness = ratio if self.slowness is None else 0.95 * self.slowness + 0.05 * ratio
+        self.step = step
+
+    @property
+    def done_s(self) -> float:
+        """The plan's seconds of the finished steps; validation is spread over the steps."""
+        left, seconds = self.step, 0.0
+        for row in self.plan.rows:
+            steps = min(left, row.steps)
+            seconds += steps * row.seconds / row.steps
+            left -= steps
+        return seconds
+
+    @property
+    def remaining_s(self) -> float:
+        """The expected seconds to the end of the last phase."""
+        return (self.plan.seconds - self.done_s) * (self.slowness or 1.0)
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What the steps of the epoch under way add up to."""
+
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    images: float = 0.0
+
+    @property
+    def speed(self) -> str:
+        """Images per second, and the share of the time in which the model waited for them."""
+        seconds = self.seconds or 1e-9
+        return f"{self.images / seconds:.1f} images/s, {self.waited_s / seconds:.0%} waiting for data"
+
+
+@dataclass(kw_only=True)
+class TrainingView:
+    """Draws the events of `train.training`: a printed row per epoch and, on a terminal, a live line in between.
+
+    `read_plan` is called at the start event: the run has written its plan by then.
+    """
+
+    out: Console
+    bar: Progress
+    read_plan: Callable[[], "Plan"]
+    pace: Pace = field(init=False)  # from the start event on
+    tally: Tally = field(default_factory=Tally)
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Draws one event; those that say nothing to people are passed over."""
+        kinds: dict[str, Callable[[Mapping[str, Any]], None]] = {
+            "start": self._start,
+            "phase": self._phase,
+            "step": self._step,
+            "epoch": self._epoch,
+            "skip": self._skip,
+            "early_stop": self._early_stop,
+        }
+        if event["event"] in kinds:
+            kinds[event["event"]](event)
+
+    def _start(self, event: Mapping[str, Any]) -> None:
+        self.pace = Pace(plan=self.read_plan(), step=event["step"])
+        show_note(self.out, event["note"])
+        if event["step"]:
+            self.out.print(f"going on after step {event['step']} of {sum(row.steps for row in self.pace.plan.rows)}")
+        else:
+            show_plan(self.out, self.pace.plan)
+        self.bar.add_task("", total=self.pace.plan.seconds, words="")
+
+    def _phase(self, event: Mapping[str, Any]) -> None:
+        what = "the classifier learns" if event["head_only"] else "all layers learn"
+        number = f"phase {event['index'] + 1} of {len(self.pace.plan.rows)}"
+        self.out.print(f"{number}: {what} at {event['size_px']} px", style="bold")
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        seconds = event["step_ms"] / 1e3
+        self.pace.learn(event["step"], event["phase"], seconds)
+        self.tally.seconds += seconds
+        self.tally.waited_s += event["wait_ms"] / 1e3
+        self.tally.images += event["images_per_s"] * seconds
+        words = (
+            f"phase {event['phase'] + 1}, epoch {self._epoch_number(event)}, loss {event['loss']:.4f}, "
+            f"{self.tally.speed}, {duration(self.pace.remaining_s)} left"
+        )
+        for task in self.bar.task_ids:
+            self.bar.update(task, completed=self.pace.done_s, words=words)
+
+    def _epoch(self, event: Mapping[str, Any]) -> None:
+        name = _headline(event["val"])
+        judged = f"validation {metric(name, event['val'][name])}, nll {metric('nll', event['val']['nll'])}"
+        took = duration(self.tally.seconds + event["seconds"])
+        words = f"epoch {self._epoch_number(event)}: loss {event['train_loss']:.4f}, {judged}, {self.tally.speed}, {took}"
+        self.out.print(f"{words}, best" if event["best"] else words, style="bold" if event["best"] else None)
+        for problem in event.get("save_failed", ()):
+            self.out.print(f"not saved: {escape(problem)}", style="bold red")
+        self.tally = Tally()
+
+    def _epoch_number(self, event: Mapping[str, Any]) -> str:
+        return f"{event['epoch'] + 1}/{sum(row.phase.epochs for row in self.pace.plan.rows)}"
+
+    def _skip(self, event: Mapping[str, Any]) -> None:
+        self.out.print(f"left out {escape(event['image'])}: {escape(event['reason'])}", style="yellow")
+
+    def _early_stop(self, event: Mapping[str, Any]) -> None:
+        self.out.print(f"stopped early: {event['patience']} epochs without a better one")
+
+
+@contextmanager
+def training_view(out: Console, read_plan: Callable[[], "Plan"]) -> Iterator[TrainingView]:
+    """A `TrainingView`, whose live line is gone afterwards."""
+    columns = (BarColumn(bar_width=20), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
+        yield TrainingView(out=out, bar=bar, read_plan=read_plan)

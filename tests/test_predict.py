@@ -1,0 +1,255 @@
+"""Predictions row by row: real photographs in, one row each out, whatever is wrong with some of them."""
+
+import csv
+import importlib.resources
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import effnet.predict
+from effnet.images import ImageError, decode, normalise, prepare
+from effnet.network import Model, build
+from effnet.predict import (
+    BATCHES_AHEAD,
+    Prediction,
+    evaluating,
+    expand,
+    label_names,
+    logits,
+    predict,
+    write_csv,
+    write_json,
+    write_table,
+)
+from effnet.spec import Head, Network, Preprocess, Stage, Stem
+from effnet.value import UsageError
+from tests.conftest import need
+
+LABELS = ("cat", "coffee", "rocket", "moon", "brick")
+PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "moon.png", "brick.png")
+
+
+def small_model(labels: tuple[str, ...] | None = LABELS) -> Model:
+    network = Network(
+        name="small",
+        stem=Stem(width=8),
+        stages=(Stage(op="mbconv", repeats=1, width=8, stride=2, expand=2, se=0.25),),
+        head=Head(width=16, classes=len(LABELS)),
+        resolution=32,
+        preprocess=Preprocess(size=32, resize=36),
+    )
+    model = build(network, generator=torch.Generator().manual_seed(0))
+    model.labels = labels
+    return model
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with five photographs, two of them nested, and a text file."""
+    need("skimage")
+    data = importlib.resources.files("skimage") / "data"
+    folder = tmp_path / "photos"
+    (folder / "more" / "deep").mkdir(parents=True)
+    for name, place in zip(PHOTOS, (".", ".", "more", "more/deep", "."), strict=True):
+        shutil.copy(str(data / name), folder / place / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def by_hand(model: Model, path: Path) -> np.ndarray:
+    """Probabilities of one image, alone, without anything from `predict`."""
+    view = torch.from_numpy(prepare(decode(path), model.preprocess))[None]
+    with torch.no_grad():
+        return model.eval()(normalise(view, model.preprocess))[0].double().softmax(0).numpy()
+
+
+def test_a_folder_gives_one_row_per_image_with_the_probabilities_of_each_image_alone(photos: Path) -> None:
+    model = small_model()
+    rows = list(predict(model, [photos], top_k=5, batch=2))
+    assert [Path(row.path).name for row in rows] == ["brick.png", "chelsea.png", "coffee.png", "moon.png", "rocket.jpg"]
+    for row in rows:
+        wanted = by_hand(model, Path(row.path))
+        assert row.error is None
+        assert row.labels == tuple(LABELS[i] for i in np.argsort(-wanted))
+        np.testing.assert_allclose(row.probabilities, np.sort(wanted)[::-1], atol=1e-5)  # sums in another order
+        assert sum(row.probabilities) == pytest.approx(1, abs=1e-9)
+
+
+def test_inputs_keep_their_order_and_a_file_named_twice_has_two_rows(photos: Path) -> None:
+    cat, rocket = photos / "chelsea.png", photos / "more" / "rocket.jpg"
+    rows = list(predict(small_model(), [rocket, cat, str(rocket), photos / "more"], top_k=1, batch=3))
+    assert [row.path for row in rows] == [
+        str(path) for path in (rocket, cat, rocket, photos / "more" / "deep" / "moon.png", rocket)
+    ]
+    assert rows[0] == rows[2] == rows[4]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 32])
+def test_a_broken_file_in_the_middle_costs_only_its_own_row(photos: Path, batch: int) -> None:
+    model = small_model()
+    whole = [photos / "chelsea.png", photos / "coffee.png", photos / "brick.png"]
+    broken = photos / "torn.png"
+    broken.write_bytes(whole[0].read_bytes()[:5000])
+    text = photos / "notes.txt"  # named by the user, so it is an input like the others
+    rows = list(predict(model, [whole[0], broken, text, whole[1], whole[2]], top_k=2, batch=batch))
+    assert [row.path for row in rows] == [str(p) for p in (whole[0], broken, text, whole[1], whole[2])]
+    assert [row.error is None for row in rows] == [True, False, False, True, True]
+    assert rows[1].labels == () and "truncated" in str(rows[1].error)
+    assert str(broken) not in str(rows[1].error), "the path has a column of its own"
+    for row in (rows[0], rows[3], rows[4]):
+        wanted = np.sort(by_hand(model, Path(row.path)))[::-1][:2]
+        np.testing.assert_allclose(row.probabilities, wanted, atol=1e-5)
+
+
+def test_only_broken_files_still_give_a_row_each(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    rows = list(predict(small_model(), [tmp_path]))
+    assert [row.error for row in rows] == ["is empty", "is empty"]
+
+
+def test_on_request_a_broken_file_stops_after_the_rows_before_it(photos: Path) -> None:
+    (photos / "broken.jpg").write_bytes(b"nothing")
+    rows = predict(
+        small_model(), [photos / "chelsea.png", photos / "broken.jpg", photos / "coffee.png"], on_error="error"
+    )
+    assert next(rows).path.endswith("chelsea.png")
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        next(rows)
+
+
+def test_a_path_that_does_not_exist_is_refused_before_any_image_is_read(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(effnet.predict, "decode", lambda path: pytest.fail("an image was read"))
+    with pytest.raises(UsageError, match="nowhere"):
+        predict(small_model(), [photos, tmp_path / "nowhere.png"])
+
+
+def test_a_folder_without_images_and_no_paths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        expand([tmp_path])
+    with pytest.raises(UsageError, match="no image was named"):
+        expand([])
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 0}, {"batch": 0}, {"workers": 0}, {"on_error": "ignore"}])
+def test_arguments_out_of_range_are_refused_at_once(photos: Path, wrong: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong)).replace("_", ".")):
+        predict(small_model(), [photos], **wrong)
+
+
+def test_top_k_above_the_number_of_classes_gives_all_of_them(photos: Path) -> None:
+    (row,) = predict(small_model(), [photos / "chelsea.png"], top_k=99)
+    assert sorted(row.labels) == sorted(LABELS)
+    (row,) = predict(small_model(), [photos / "chelsea.png"], top_k=2)
+    assert len(row.labels) == len(row.probabilities) == 2
+
+
+def test_outputs_without_labels_are_called_by_their_number(photos: Path) -> None:
+    model = small_model(None)
+    assert label_names(model) == ("0", "1", "2", "3", "4")
+    (row,) = predict(model, [photos / "chelsea.png"], top_k=1)
+    assert int(row.labels[0]) == by_hand(model, photos / "chelsea.png").argmax()
+
+
+def test_between_rows_the_caller_has_its_own_modes_back(photos: Path) -> None:
+    model = small_model().train()
+    model.head.eval()  # frozen, say
+    model.set_grad_checkpointing()
+    before = {name: module.training for name, module in model.named_modules()}
+    rows = predict(model, [photos], batch=1)
+    next(rows)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.grad_checkpointing and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_evaluating_restores_the_modes_after_an_error_too() -> None:
+    model = small_model().train()
+    with pytest.raises(RuntimeError, match="stop"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("stop")
+    assert all(module.training for module in model.modules())
+
+
+def test_logits_reach_the_network_channels_last_and_leave_as_float32_on_the_cpu() -> None:
+    model, seen = small_model().eval(), []
+    model.stem.conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    output = logits(model, torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and seen[0].shape == (2, 3, 32, 32)
+    assert output.dtype == torch.float32 and output.shape == (2, 5) and not output.requires_grad
+
+
+def test_images_are_decoded_a_bounded_number_of_batches_ahead(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Path] = []
+    monkeypatch.setattr(effnet.predict, "decode", lambda path: begun.append(path) or decode(path))
+    rows = predict(small_model(), [photos / "brick.png"] * 40, batch=2)
+    next(rows)
+    assert len(begun) <= 2 * (1 + BATCHES_AHEAD)
+    rows.close()
+
+
+def test_no_thread_is_left_when_the_caller_loses_interest(photos: Path) -> None:
+    rows = predict(small_model(), [photos] * 5, batch=1)
+    next(rows)
+    assert any(thread.name.startswith("effnet-predict") for thread in threading.enumerate())
+    rows.close()
+    assert not any(thread.name.startswith("effnet-predict") for thread in threading.enumerate())
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    Prediction(path="broken.png", error="is empty"),
+    Prediction(path='with "quotes", and comma.png', labels=("cat", "moon"), probabilities=(0.1 + 0.2, 1e-9)),
+    Prediction(path="naïve\udcff.png", labels=("rocket", "cat"), probabilities=(0.75, 0.25)),  # not UTF-8 on disk
+]
+
+
+def test_json_holds_every_field_of_every_row(tmp_path: Path) -> None:
+    write_json(tmp_path / "out.json", ROWS)
+    assert [Prediction.from_dict(row) for row in json.loads((tmp_path / "out.json").read_text())] == ROWS
+
+
+def test_json_of_no_rows_is_an_empty_list(tmp_path: Path) -> None:
+    write_json(tmp_path / "out.json", [])
+    assert json.loads((tmp_path / "out.json").read_text()) == []
+
+
+def test_csv_has_a_column_per_rank_and_loses_no_digit(tmp_path: Path) -> None:
+    write_csv(tmp_path / "new" / "out.csv", iter(ROWS))  # the folder is made
+    with (tmp_path / "new" / "out.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["path", "label", "probability", "label_2", "probability_2", "error"]
+    assert [row["path"] for row in table] == [row.path for row in ROWS]
+    assert table[0]["error"] == "is empty" and table[0]["label"] == table[0]["probability_2"] == ""
+    assert float(table[1]["probability"]) == 0.1 + 0.2 and float(table[1]["probability_2"]) == 1e-9
+    assert (table[2]["label"], table[2]["label_2"]) == ("rocket", "cat")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write_table(path, ["a"], [[1]])
+
+    def torn():
+        yield [2]
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_table(path, ["a"], torn())
+    assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
+
+
+def test_a_prediction_has_either_labels_or_an_error() -> None:
+    with pytest.raises(UsageError):
+        Prediction(path="x")
+    with pytest.raises(UsageError):
+        Prediction(path="x", labels=("cat",), probabilities=(1.0,), error="is empty")
+    with pytest.raises(UsageError):
+        Prediction(path="x", labels=("cat",), probabilities=(0.5, 0.5))
