@@ -64,7 +64,8 @@ _VERBS = ("cost", "evaluate", "explain", "predict", "report", "train")
 _MODULES = (*_VERBS, "families", "recipes")
 
 
-def __getattr__(name: str) -> Any:
+def _public(name: str) -> Any:
+    """What `effnet.NAME` is; `AttributeError` for a name that is not public."""
     if name == "__version__":
         from importlib.metadata import version
 
@@ -75,6 +76,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'effnet' has no attribute {name!r}")
     module, _, inside = _HOMES[name].partition(":")
     return getattr(importlib.import_module(f"effnet.{module}"), inside or name)
+
+
+if not TYPE_CHECKING:  # a type checker shall know the names above, and no others
+    __getattr__ = _public
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """What do the words behind a verb mean? The options that verbs share, and the library values that they stand for.
 
-A mistake is refused here with a `UsageError`, before any compute: names are looked up first, then files are opened, then
-models are built. torch is imported inside the functions that need it, so that a verb that does not need it is quick.
+A mistake is refused here with a `UsageError`, before any compute: names are looked up first, then files are opened,
+then models are built. torch is imported inside the functions that need it, so that the other verbs are quick.
 """
 
 import json
@@ -33,28 +33,28 @@ MODEL = (
     "network.tag means its trained weights."
 )
 DATA = "A folder, a .csv manifest, .tar shards, or elpv, elpv-modules, fashion-mnist, package:MODULE/DIR."
+PATHS = "Images, or folders of them."
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA)]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL)]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=MODEL)]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Start from the trained weights known for MODEL.")]
 PretrainedFrom = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="Start from other weights: network.tag, or a file of any dialect.")
+    str | None, typer.Option(metavar="NAME|FILE", help="Start from other weights: a network.tag or a file.")
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help=f"{', '.join(recipes.RECIPES)}. Default: finetune for trained weights, else scratch."),
+    typer.Option("--recipe", help=f"{', '.join(recipes.RECIPES)}. Default: finetune trained weights, else scratch."),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Vary the recipe; may be given many times.")
 ]
 SplitSeed = Annotated[int, typer.Option(min=0, help="Of the random split, where the data names no parts.")]
-ValFraction = Annotated[float, typer.Option(help="Share of the training part that validates, where no part is for that.")]
+ValFraction = Annotated[float, typer.Option(help="Share of the training part to validate on, without a val part.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Threads that decode images. Default: a measured number.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Split = Annotated[Literal["test", "val", "train", "all"], typer.Option(help="The part of the data.")]
-Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help="Images, or folders of them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 SPLIT_SEED, VAL_FRACTION = 0, 0.15
@@ -105,7 +105,7 @@ def network(model: str) -> Network:
 
 
 def weights(file: str, model: str | None, classes: int | None) -> "Checkpoint":
-    """The checkpoint that `file` is; or its weights as those of `model`, with `classes` outputs if not the usual number.
+    """The checkpoint that `file` is; or its weights as those of `model`, with `classes` outputs if not its own number.
 
     `UsageError` for weights that do not say their network where `model` is not given; it names those that fit.
     """
@@ -208,6 +208,17 @@ class Origin:
     fingerprint: str
     cut: dict[str, Any]
 
+    def is_of(self, splits: "Splits") -> bool:
+        """Whether the run was trained on this data, however it is split now."""
+        return Path(self.data).resolve() == Path(splits.name).resolve()  # a named set stays one
+
+    def evaluation_files(self, splits: "Splits", split: str) -> list[Path]:
+        """Where the run keeps a result and its table; those of other parts and of other data have longer names."""
+        other = [] if self.is_of(splits) else [slug(splits.name)]
+        other += [] if split == "test" else [split]
+        names = ("-".join(["eval", *other]) + ".json", "-".join(["predictions", *other]) + ".csv")
+        return [self.folder / name for name in names]
+
 
 def keep_cut(run: Path, split_seed: int, val_fraction: float) -> None:
     """Notes in the run folder how the data was split, for `origin`."""
@@ -240,7 +251,7 @@ def data_for(
     cut: dict[str, Any] = {"split_seed": SPLIT_SEED, "val_fraction": VAL_FRACTION} | (run.cut if run else {})
     cut |= {name: value for name, value in given.items() if value is not None}
     splits = open_data(data, classes=model.labels, **cut)
-    if run and run.data == splits.name and run.fingerprint != splits.train.fingerprint():
+    if run and run.is_of(splits) and run.fingerprint != splits.train.fingerprint():
         sys.stderr.write(
             f"effnet: note: {splits.name} is not split as it was when {run.folder} was trained (or its files changed): "
             "the model may be judged on images that it learnt from.\n"

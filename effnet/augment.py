@@ -32,8 +32,16 @@ FILL = (128, 128, 128)  # what geometric operations uncover (official code)
 # --- one view of one image ------------------------------------------------------------------------------------------
 
 
-def view(image: np.ndarray, size_px: int, *, crop: Crop, magnitude: float = 0.0, rng: np.random.Generator,
-         interpolation: Interpolation = "bicubic", area: tuple[float, float] = (0.08, 1.0)) -> np.ndarray:
+def view(
+    image: np.ndarray,
+    size_px: int,
+    *,
+    crop: Crop,
+    magnitude: float = 0.0,
+    rng: np.random.Generator,
+    interpolation: Interpolation = "bicubic",
+    area: tuple[float, float] = (0.08, 1.0),
+) -> np.ndarray:
     """One random training view of `image` (uint8 (H, W, 3)) as uint8 (size_px, size_px, 3).
 
     `crop` `inception`: a share `area` of the image (V2: from 0.05) at an aspect of 3/4 to 4/3, flipped half the time.
@@ -45,8 +53,15 @@ def view(image: np.ndarray, size_px: int, *, crop: Crop, magnitude: float = 0.0,
     check_range("size_px", size_px, 1)
     check_range("magnitude", magnitude, 0)
     if crop == "dihedral":
-        pixels = warp(image, size_px, turns=int(rng.integers(4)), flip=bool(rng.integers(2)),
-                      degrees=rng.uniform(-3, 3), zoom=1 + rng.uniform(-0.02, 0.02), shift=rng.uniform(-0.02, 0.02, 2))
+        pixels = warp(
+            image,
+            size_px,
+            turns=int(rng.integers(4)),
+            flip=bool(rng.integers(2)),
+            degrees=rng.uniform(-3, 3),
+            zoom=1 + rng.uniform(-0.02, 0.02),
+            shift=rng.uniform(-0.02, 0.02, 2),
+        )
     else:
         if crop == "inception":
             left, top, width, height = inception_box(image.shape[1], image.shape[0], rng, area=area)
@@ -61,8 +76,15 @@ def view(image: np.ndarray, size_px: int, *, crop: Crop, magnitude: float = 0.0,
     return rand_augment(pixels, magnitude, rng, reach=RAND_REACH.at(size_px))
 
 
-def inception_box(width: int, height: int, rng: np.random.Generator, *, area: tuple[float, float] = (0.08, 1.0),
-                  aspect: tuple[float, float] = (3 / 4, 4 / 3), attempts: int = 10) -> tuple[int, int, int, int]:
+def inception_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    attempts: int = 10,
+) -> tuple[int, int, int, int]:
     """A random crop (left, top, width, height): an aspect is drawn first, then a height that gives an allowed `area`.
 
     After `attempts`, or where the crop is the whole image, the centre crop of 87.5 % of the shorter side.
@@ -83,8 +105,16 @@ def inception_box(width: int, height: int, rng: np.random.Generator, *, area: tu
     return (width - side + 1) // 2, (height - side + 1) // 2, side, side
 
 
-def warp(image: np.ndarray, size_px: int, *, turns: int = 0, flip: bool = False, degrees: float = 0.0,
-         zoom: float = 1.0, shift: tuple[float, float] | np.ndarray = (0.0, 0.0)) -> np.ndarray:
+def warp(
+    image: np.ndarray,
+    size_px: int,
+    *,
+    turns: int = 0,
+    flip: bool = False,
+    degrees: float = 0.0,
+    zoom: float = 1.0,
+    shift: tuple[float, float] | np.ndarray = (0.0, 0.0),
+) -> np.ndarray:
     """The central square of `image` at (size_px, size_px): flipped left-right, then turned, in one bilinear resampling.
 
     `turns`: quarter turns counter-clockwise, as `np.rot90`. `degrees`: a turn before the flip, counter-clockwise too.
@@ -224,15 +254,17 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def distort(image: np.ndarray, operation: str, level: float, rng: np.random.Generator, *,
-            reach: Reach = RAND_REACH) -> np.ndarray:
+def distort(
+    image: np.ndarray, operation: str, level: float, rng: np.random.Generator, *, reach: Reach = RAND_REACH
+) -> np.ndarray:
     """One operation of RandAugment, by name, on a uint8 (H, W, 3) image. Levels above 10 extrapolate."""
     check_choice("operation", operation, OPERATIONS)
     return np.array(OPERATIONS[operation](Image.fromarray(image), level, rng, reach))
 
 
-def rand_augment(image: np.ndarray, magnitude: float, rng: np.random.Generator, *, operations: int = 2,
-                 reach: Reach = RAND_REACH) -> np.ndarray:
+def rand_augment(
+    image: np.ndarray, magnitude: float, rng: np.random.Generator, *, operations: int = 2, reach: Reach = RAND_REACH
+) -> np.ndarray:
     """`operations` of the sixteen, drawn with replacement, each at level `magnitude` (0..10; more extrapolates).
 
     The paper's and the code's magnitudes share this scale; they differ in what a recipe asks for (V2: 15/20/25 against
@@ -302,8 +334,14 @@ def cutout(image: np.ndarray, half_px: int, rng: np.random.Generator) -> np.ndar
     return _with_noise(image, left, top, right, bottom, rng)
 
 
-def erase(image: np.ndarray, p: float, rng: np.random.Generator, *, area: tuple[float, float] = (0.02, 0.4),
-          aspect: float = 0.3) -> np.ndarray:
+def erase(
+    image: np.ndarray,
+    p: float,
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float] = (0.02, 0.4),
+    aspect: float = 0.3,
+) -> np.ndarray:
     """Random erasing: with probability `p` a rectangle of 2-40 % of the area becomes noise (Zhong et al. 2020, Alg. 1).
 
     `aspect`: the least height / width, its inverse the largest. A hundred attempts to fit one, else nothing is erased.
@@ -321,8 +359,9 @@ def erase(image: np.ndarray, p: float, rng: np.random.Generator, *, area: tuple[
     return image
 
 
-def _with_noise(image: np.ndarray, left: int, top: int, right: int, bottom: int,
-                rng: np.random.Generator) -> np.ndarray:
+def _with_noise(
+    image: np.ndarray, left: int, top: int, right: int, bottom: int, rng: np.random.Generator
+) -> np.ndarray:
     image = image.copy()
     image[top:bottom, left:right] = rng.integers(0, 256, (bottom - top, right - left, 3), dtype=np.uint8)
     return image
@@ -367,8 +406,9 @@ def cutmix(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generato
     return mixed, torch.lerp(targets, targets.flip(0), pasted.to(targets.device))
 
 
-def mix(batch: Tensor, targets: Tensor, *, mixup_alpha: float, cutmix_alpha: float,
-        rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def mix(
+    batch: Tensor, targets: Tensor, *, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """Mixup on the first half of the batch and cutmix on the second; where one `alpha` is 0, the other on all of it."""
     if not (mixup_alpha and cutmix_alpha):
         return cutmix(*mixup(batch, targets, mixup_alpha, rng), cutmix_alpha, rng)

@@ -19,11 +19,11 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -35,7 +35,7 @@ from effnet.spec import Network, Preprocess, UsageError
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-NO_DIGEST = "0" * 64
+DIGEST_KEY, NO_DIGEST = b'"sha256":"', b"0" * 64
 TORN = "it was cut off or damaged"
 
 
@@ -162,7 +162,7 @@ def refuse_mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str,
     problems = (("missing", missing), ("not expected", unknown), ("of another shape", reshaped))
     if any(names for _, names in problems):
         listed = "; ".join(f"{len(names)} {word}: {some(names)}" for word, names in problems if names)
-        raise UsageError(f"{what} does not fit ({len(expected)} tensors expected, {len(found)} found). {listed}.")
+        raise UsageError(f"{what} does not fit: {listed}.")
 
 
 def some(names: Collection[str], count: int = 5) -> str:
@@ -188,7 +188,7 @@ def save(path: str | Path, checkpoint: Checkpoint, *, keep_previous: bool = Fals
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
 
     def write(temporary: Path) -> None:
-        header = {"format": "pt", "effnet": document, "sha256": NO_DIGEST}
+        header = {"format": "pt", "effnet": document, "sha256": NO_DIGEST.decode()}
         safetensors.torch.save_file(_unshared(tensors), temporary, metadata=header)
         _seal(temporary)
 
@@ -223,11 +223,10 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _seal(path: Path) -> None:
     """Writes the file's digest over the zeros that stand for it in the header."""
-    header = read_header(path)
-    place = 8 + header.index(f'"sha256":"{NO_DIGEST}"'.encode()) + len('"sha256":"')
-    digest = file_digest(path, header)
     with path.open("r+b") as file:
-        file.seek(place)
+        header = read_header(file, path)
+        digest = file_digest(file, header)
+        file.seek(8 + header.index(DIGEST_KEY + NO_DIGEST) + len(DIGEST_KEY))
         file.write(digest.encode())
 
 
@@ -312,11 +311,10 @@ def load(path: str | Path, *, fallback: bool = True) -> Checkpoint:
 
 
 def _load(path: Path) -> Checkpoint:
-    document = read_document(path)
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}.") from error
+    with _opened(path) as file:  # once: another process may replace the file meanwhile
+        document = read_document(file, path)
+        file.seek(0)
+        tensors = safetensors.torch.load(file.read())
     version = document.pop("version", None)
     if version != FORMAT_VERSION:
         raise UsageError(f"{path} has format {version}; this effnet reads format {FORMAT_VERSION}. Update effnet.")
@@ -330,9 +328,21 @@ def _load(path: Path) -> Checkpoint:
     )
 
 
-def read_document(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """The file, for reading; what the system refuses is a `CheckpointError`."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no file {path}.") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}.") from error
+
+
+def read_document(file: BinaryIO, path: Path) -> dict[str, Any]:
     """Everything but the tensors, after the digest of the whole file was checked."""
-    header = read_header(path)
+    header = read_header(file, path)
     entries = _metadata(header)
     if entries is None:
         raise CheckpointError(f"{path} is damaged: its header is not JSON, so {TORN} after it was written.")
@@ -341,7 +351,7 @@ def read_document(path: Path) -> dict[str, Any]:
             f"{path} is a safetensors file, but not an effnet checkpoint: name its network, as in "
             f"create_model(NAME, checkpoint_path={str(path)!r}), or convert it with `effnet convert`."
         )
-    if file_digest(path, header) != entries["sha256"]:
+    if file_digest(file, header) != entries["sha256"]:
         raise CheckpointError(f"{path} is damaged: its checksum does not match, so {TORN} after it was written.")
     return json.loads(entries["effnet"])
 
@@ -349,7 +359,8 @@ def read_document(path: Path) -> dict[str, Any]:
 def _is_whole(path: Path) -> bool:
     """Whether there is a checkpoint at `path`, and its digest is right."""
     try:
-        read_document(path)
+        with _opened(path) as file:
+            read_document(file, path)
     except CheckpointError:
         return False
     return True
@@ -358,7 +369,8 @@ def _is_whole(path: Path) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Whether the file is one of ours, by its header; damaged ones count as long as the header can be read."""
     try:
-        return "effnet" in (_metadata(read_header(path)) or {})
+        with _opened(path) as file:
+            return "effnet" in (_metadata(read_header(file, path)) or {})
     except CheckpointError:
         return False
 
@@ -372,22 +384,18 @@ def _metadata(header: bytes) -> dict[str, str] | None:
     return entries if isinstance(entries, dict) else None
 
 
-def read_header(path: Path) -> bytes:
-    """The JSON header of a safetensors file, as bytes; `CheckpointError` for a missing or cut file or another kind."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, MAX_HEADER_BYTES))
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path}.") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}.") from error
+def read_header(file: BinaryIO, path: Path) -> bytes:
+    """The JSON header of a safetensors file, as bytes; `CheckpointError` for a cut file or another kind.
+
+    `path`: its name, for messages.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    header = file.read(min(length, MAX_HEADER_BYTES))
     if header.startswith(b"{") and len(header) == length:
         return header
-    if header.startswith(b"{") or size < 10:
+    if header.startswith(b"{") or os.fstat(file.fileno()).st_size < 10:
         raise CheckpointError(f"{path} is torn: it ends within its header.")
-    if is_pickle(path):
+    if is_pickle(file):
         raise CheckpointError(
             f"{path} is not a safetensors file, whatever its name says: it is a pickle, and was not opened. "
             f"If you trust its origin, name it .pth: then its tensors are read, and nothing else."
@@ -395,27 +403,26 @@ def read_header(path: Path) -> bytes:
     raise CheckpointError(f"{path} is not a safetensors file, or its first bytes were changed: it has no header.")
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether the file begins as `torch.save` and `pickle.dump` begin theirs (a zip archive, a protocol mark)."""
-    with path.open("rb") as file:
-        start = file.read(4)
+def is_pickle(file: BinaryIO) -> bool:
+    """Whether a file begins as `torch.save` and `pickle.dump` begin theirs (a zip archive, a protocol mark)."""
+    file.seek(0)
+    start = file.read(4)
     return start == b"PK\x03\x04" or start[:1] == b"\x80"
 
 
-def file_digest(path: Path, header: bytes) -> str:
+def file_digest(file: BinaryIO, header: bytes) -> str:
     """SHA-256 of a safetensors file, its own digest counted as zeros."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(8))
-        digest.update(_without_digest(header))
-        file.seek(8 + len(header))
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    file.seek(0)
+    digest.update(file.read(8))
+    digest.update(_without_digest(header))
+    file.seek(8 + len(header))
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
 def _without_digest(header: bytes) -> bytes:
     """The header with zeros in the place of the digest."""
-    start, mark = b'"sha256":"', len(NO_DIGEST)
-    place = header.find(start) + len(start)
-    return header[:place] + NO_DIGEST.encode() + header[place + mark :] if start in header else header
+    before, key, after = header.partition(DIGEST_KEY)
+    return before + key + NO_DIGEST + after[len(NO_DIGEST) :]

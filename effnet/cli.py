@@ -1,18 +1,19 @@
 """What does `effnet` do when it is typed? One function per verb: a library call, shown to people or written as JSON.
 
 Every verb prints for people, or with `--json` exactly one JSON document on stdout (progress then goes to stderr). A
-mistake of the user is one line on stderr, `effnet: ...`, and exit code 2. `doctor` exits with 1 when it finds errors, an
-interrupted training with 128 + the signal, as shells count.
+mistake of the user is one line on stderr, `effnet: ...`, and exit code 2. `doctor` exits with 1 when it finds errors,
+an interrupted training with 128 + the signal, as shells count.
 
 torch takes seconds to import, so whatever needs it is imported inside the verbs: `effnet --help`, `list` and `info`
 answer at once.
 """
 
 import functools
+import io
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +23,7 @@ from typer.exceptions import TyperException
 
 from effnet import arguments, display, families
 from effnet.arguments import (
+    PATHS,
     SPLIT_SEED,
     VAL_FRACTION,
     AsJson,
@@ -31,7 +33,6 @@ from effnet.arguments import (
     Job,
     ModelName,
     ModelOption,
-    Paths,
     Pretrained,
     PretrainedFrom,
     RecipeName,
@@ -64,6 +65,8 @@ app = typer.Typer(
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line (`sys.argv` if None) and returns its exit code; a mistake is one line on stderr."""
     words = sys.argv[1:] if words is None else list(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         with _warnings_in_one_line():
             return app(words or ["--help"], prog_name="effnet", standalone_mode=False) or 0
@@ -88,8 +91,8 @@ def _say(message: str) -> None:
 
 
 @contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Our own warnings (a damaged checkpoint was replaced) are for the user and look so; the others stay as they are."""
+def _warnings_in_one_line() -> Generator[None]:
+    """Our own warnings (a damaged checkpoint was replaced) are for the user and look so; others stay as they are."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -99,12 +102,12 @@ def _warnings_in_one_line() -> Iterator[None]:
             else:
                 usual(message, category, *where)
 
-        warnings.showwarning = show
+        warnings.showwarning = show  # ty: ignore[invalid-assignment]
         yield
 
 
 def _answer(document: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Writes the document, or shows people theirs. Flushes, so that a pipe that was closed is noticed (quietly) here."""
+    """Writes the document, or shows people theirs. Flushed, so that a closed pipe is noticed (quietly) here."""
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         sys.stdout.flush()
@@ -122,7 +125,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _effnet(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -255,7 +260,10 @@ def train(
         split_seed=split_seed, val_fraction=val_fraction,
     )  # fmt: skip
     run = out or Path("runs") / f"{arguments.slug(data)}-{arguments.slug(model)}"
-    options: dict[str, Any] = {"resume": resume, "device": arguments.device(device), "workers": workers}
+    weights = pretrained_from or (model if pretrained else "")
+    options: dict[str, Any] = {
+        "resume": resume, "device": arguments.device(device), "workers": workers, "weights": weights,
+    }  # fmt: skip
     people, event = display.console(stderr=as_json), {}
     display.show_note(people, job.why)
     try:
@@ -266,7 +274,8 @@ def train(
                 view.show(event)
     except Interrupted as error:
         raise typer.Exit(_failed(str(error), 128 + error.signal)) from None
-    document = {**event, "run": str(run), "checkpoint": str(run / "best.safetensors")}
+    ending = {key: event[key] for key in ("best_epoch", "metrics", "seconds")}
+    document = {"run": str(run), "checkpoint": str(run / "best.safetensors"), **ending}
     _answer(document, as_json, lambda: display.show_end(people, document))
 
 
@@ -301,10 +310,7 @@ def eval_(
         scores = predict_source(loaded, source, batch=batch, workers=workers, device=where, on_batch=progress)
     judged = measure(scores)
     document = {"model": model, "data": splits.name, "split": split, "note": splits.note} | judged.to_dict()
-    named = [] if run is None or run.data == splits.name else [arguments.slug(data)]
-    named += [] if split == "test" else [split]
-    files = [Path(model) / "-".join(["eval", *named]), Path(model) / "-".join(["predictions", *named])]
-    kept = [files[0].with_suffix(".json"), files[1].with_suffix(".csv")] if run and Path(model).is_dir() else []
+    kept = run.evaluation_files(splits, split) if run and Path(model).is_dir() else []
     _keep_evaluation(document, scores, [*kept, *([out] if out else [])])
     title = f"{model} on {splits.name}, {split}"
     _answer(document, as_json, lambda: display.show_evaluation(display.console(), judged, title))
@@ -327,14 +333,17 @@ def _keep_evaluation(document: dict[str, Any], scores: "Scores", files: Sequence
 @app.command(epilog="Example: effnet predict efficientnet_lite0.in1k cat.jpg holiday/ --top-k 3 --out found.csv")
 def predict(
     model: ModelName,
-    paths: Paths,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=PATHS)],
     top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write a row per image to this .csv or .json file.")] = None,
     batch: BatchSize = 32,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """The most probable classes of images. One that cannot be read costs its own row, a line on stderr and exit code 2."""
+    """The most probable classes of images.
+
+    An image that cannot be read costs no more than its own row: a line on stderr, and exit code 2 in the end.
+    """
     from effnet.predict import expand, write_csv, write_json
     from effnet.predict import predict as predictions
     from effnet.zoo import load_model
@@ -359,7 +368,7 @@ def predict(
 @app.command(epilog="Example: effnet explain runs/photos photos/test/cat/1.jpg --out maps")
 def explain(
     model: ModelName,
-    paths: Paths = [],  # noqa: B006  (typer needs a list, and nobody changes it)
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH...", help=PATHS)] = None,
     method: Annotated[Literal["cam", "gradcam"], typer.Option(help="gradcam needs effnet[explain].")] = "cam",
     target: Annotated[str | None, typer.Option(help="A class, by name or index. Default: the predicted one.")] = None,
     data: Annotated[str | None, typer.Option(metavar="DATA", help="Images of a data set instead of PATHs.")] = None,
@@ -370,7 +379,8 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Where MODEL sees a class in images: one PNG per image with the class activation map beside and over it."""
-    from effnet import explain as explaining
+    from effnet.explain import explain as explained
+    from effnet.explain import panel
     from effnet.zoo import load_model
 
     if bool(paths) == bool(data):
@@ -378,14 +388,15 @@ def explain(
     loaded, run, where = load_model(model), arguments.origin(model), arguments.device(device)
     folder = out or (run.folder / "cams" if run else Path("cams"))
     wanted = int(target) if target and target.isdigit() and target not in (loaded.labels or ()) else target
-    pictures = arguments.file_pictures(paths)
+    pictures = arguments.file_pictures(paths or ())
     if data:
         pictures = arguments.data_pictures(arguments.data_for(loaded, run, data), split, count)
     rows = []
     for name, truth, image in pictures:
-        why = explaining.explain(loaded, image, method=method, target=wanted, device=where)
-        path = folder / f"{len(rows):03d}-{arguments.slug(Path(name).stem)}.png"
-        explaining.panel(path, [image], [why], truths=[truth] if truth else None)
+        why = explained(loaded, image, method=method, target=wanted, device=where)
+        path = folder / f"{len(rows):03d}-{arguments.slug('-'.join(Path(name).with_suffix('').parts[-2:]))}.png"
+        folder.mkdir(parents=True, exist_ok=True)
+        panel(path, [image], [why], truths=[truth] if truth else None)
         told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
         rows.append({"image": name, "truth": truth, "file": str(path), **told, "map": why.map.tolist()})
     _answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))

@@ -15,12 +15,13 @@ What is counted
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from effnet.spec import Conv, Network, Stage, Unit, block, head_units, resolve, stem_unit
 from effnet.value import UsageError, Value, check_choice, check_range
+
+if TYPE_CHECKING:
+    import numpy as np
 
 METRICS = ("params", "macs", "activations", "weight_bytes", "training_bytes")
 
@@ -123,13 +124,15 @@ def training_bytes(total: Mapping[str, Any], batch: int = 1, slots: int = 2, ema
 
 def costs(
     network: Network, *, width: Any = 1.0, depth: Any = 1.0, resolution: Any = None, batch: int = 1
-) -> dict[str, np.ndarray]:
+) -> dict[str, "np.ndarray"]:
     """The costs of many scaled candidates: `spec.multiply(network, width=w, depth=d, resolution=r)` for each triple.
 
     `width`, `depth`, `resolution`: broadcastable arrays (or numbers). Returns one int64 array per name: params,
     norm_statistics, macs, activations, saved_elements, weight_bytes, training_bytes. Exact: the same unit functions and
     rounding as `cost`. `UsageError` for factors that are not positive and finite, or a resolution below the stride.
     """
+    import numpy as np  # here, so that who costs one network does not wait for it
+
     width, depth, size = np.broadcast_arrays(
         np.asarray(width, float),
         np.asarray(depth, float),
@@ -146,11 +149,13 @@ def costs(
     return {name: np.asarray(value, np.int64).reshape(width.shape) for name, value in totals.items()}
 
 
-def _totals(network: Network, width: np.ndarray, depth: np.ndarray, size: np.ndarray) -> dict[str, Any]:
+def _totals(network: Network, width: "np.ndarray", depth: "np.ndarray", size: "np.ndarray") -> dict[str, Any]:
     """Stage by stage: the first block, then the repeated one times the repeats that are left."""
+    import numpy as np
+
     rounding, stem, head = network.rounding, network.stem, network.head
 
-    def widened(channels: int, scales: bool) -> np.ndarray:
+    def widened(channels: int, scales: bool) -> "np.ndarray":
         return rounding.width(np.full(size.shape, channels), width if scales else np.ones(size.shape))
 
     totals: dict[str, Any] = dict.fromkeys(("params", "norm_statistics", "macs", "activations", "saved_elements"), 0)

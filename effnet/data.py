@@ -91,8 +91,7 @@ class Cache:
     """Decoded pictures up to a budget of bytes; grey ones take a third. Thread-safe; pictures are never evicted.
 
     Every picture is used once an epoch in a new order, so evicting by age would throw out what is needed next: the
-    first ones to arrive stay. Forked workers inherit what is here when they start (`fill` it before), not what others
-    add.
+    first ones to arrive stay. Forked workers inherit what is here when they start (`fill` it before), no more.
     """
 
     def __init__(self, budget_bytes: int = 2**30) -> None:
@@ -116,12 +115,10 @@ class Cache:
             if self.used_bytes < self.budget_bytes:
                 self._keep(key, image)
             return image
-        return np.repeat(packed, 3, axis=2) if packed.shape[2] == 1 else packed
+        return _thrice(packed) if packed.shape[2] == 1 else packed
 
     def fill(self, source: Source, *, workers: int, at_least: int | None = None) -> None:
-        """Decodes all of `source` ahead of time. Pictures that cannot be decoded are left to the policy of
-        `batches`.
-        """
+        """Decodes all of `source` ahead of time; what cannot be decoded is left to the policy of `batches`."""
 
         def load(index: int) -> None:
             if self.used_bytes < self.budget_bytes:
@@ -139,6 +136,14 @@ class Cache:
                 packed.flags.writeable = False  # from now on shared by everyone who asks
                 self._kept[key] = packed
                 self.used_bytes += packed.nbytes
+
+
+def _thrice(grey: np.ndarray) -> np.ndarray:
+    """(H, W, 1) as (H, W, 3). Three strided copies take a third of `np.repeat`'s time."""
+    rgb = np.empty((*grey.shape[:2], 3), dtype=np.uint8)
+    for channel in range(3):
+        rgb[..., channel] = grey[..., 0]
+    return rgb
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -347,9 +352,7 @@ def _by_threads(views: Views, rows: Sequence[np.ndarray], workers: int) -> Itera
 
 
 def _by_processes(views: Views, rows: Sequence[np.ndarray], workers: int) -> Iterator[Made]:
-    """Forked processes, which inherit the views and write to memory that is shared with this process, a slot a
-    batch.
-    """
+    """Forked processes, which inherit the views and write each batch to a slot of memory shared with this process."""
     slots = BATCHES_AHEAD + 1
     room = views.empty(max((len(indices) for indices in rows), default=0))
     shared = np.frombuffer(mmap.mmap(-1, max(slots * room.nbytes, 1)), np.uint8, slots * room.nbytes)

@@ -324,7 +324,7 @@ def to_effnet(
     counters = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith(COUNTER)}
     found: dict[str, Any] = counters | dict(state)
     head = [names["classifier.weight"], names["classifier.bias"]]
-    classes = len(found[head[0]]) if head[0] in found else network.head.classes
+    classes = found[head[1]].shape[0] if head[1] in found and found[head[1]].ndim else network.head.classes
     if classes != network.head.classes and new_head:
         expected, found = (_without(mapping, head) for mapping in (expected, found))
     elif classes != network.head.classes:
@@ -367,11 +367,11 @@ def _variables(state: Mapping[str, Array], scope: str) -> dict[str, Array]:
 def _from_tf(name: str, array: Array) -> Tensor:
     """Height, width, in, out -> out, in, height, width; depthwise: height, width, channels, 1 -> channels, 1, ..."""
     tensor = torch.as_tensor(np.array(array))
-    if name.endswith("/depthwise_kernel"):
-        return tensor.permute(2, 3, 0, 1).contiguous()
-    if name.endswith("/kernel"):
-        return (tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T).contiguous()
-    return tensor
+    if name.endswith("/depthwise_kernel") and tensor.ndim == 4:
+        tensor = tensor.permute(2, 3, 0, 1)
+    elif name.endswith("/kernel") and tensor.ndim in (2, 4):
+        tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+    return tensor.contiguous()
 
 
 def _to_tf(name: str, tensor: Tensor) -> np.ndarray:
@@ -394,8 +394,8 @@ def native(network: Network, dialect: str) -> Network:
     """
     check_choice("dialect", dialect, DIALECTS)
     if dialect in ("lukemelas", "tf"):
-        return network.replace(padding="same", name=f"tf_{network.name.removeprefix('tf_')}")
-    if dialect == "torchvision":
+        return network if network.padding == "same" else network.replace(padding="same", name=f"tf_{network.name}")
+    if dialect == "torchvision" and network.padding == "same":
         network = network.replace(padding="symmetric", name=network.name.removeprefix("tf_"))
     pytorch = network.name in TORCHVISION_SMALL if dialect == "torchvision" else network.padding == "symmetric"
     return network.replace(norm=PYTORCH_NORM) if pytorch and dialect != "effnet" else network

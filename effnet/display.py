@@ -5,7 +5,7 @@ except how long a run will still take (`Pace`). Nothing here imports torch, so t
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,9 @@ def show_networks(out: Console, rows: Iterable[Mapping[str, Any]]) -> None:
         counts = (short(row["params"]), short(row["macs"]), row["size_px"], len(row["weights"]) or None)
         add(made, row["name"], *counts, f"{top1:.1f} %" if top1 else None)
     out.print(made)
-    out.print("MACs of one image at px (1 MAC = 2 FLOPs). top-1: the best published on ImageNet with one of the weights.")
+    out.print(
+        "MACs of one image at that size (1 MAC = 2 FLOPs). top-1: the best published for its weights on ImageNet."
+    )
 
 
 def show_cost(out: Console, network: Network, spent: Cost, stages: Sequence[Mapping[str, Any]], *, units: bool) -> None:
@@ -150,8 +152,8 @@ def show_plan(out: Console, todo: "Plan") -> None:
     out.print(made)
     out.print(
         f"{todo.train_images} images to train on, {todo.val_images} to validate on at {todo.preprocess.size} px. "
-        f"{todo.params:,} parameters; {todo.precision} on {escape(todo.device)}, {todo.threads} threads; checkpoints take "
-        f"up to {in_bytes(todo.disk_bytes)}."
+        f"{todo.params:,} parameters; {todo.precision} on {escape(todo.device)}, {todo.threads} threads; "
+        f"up to {in_bytes(todo.disk_bytes)} of checkpoints."
     )
     out.print(f"Expected time: {duration(todo.seconds)}, as timed just now on images in memory.", style="bold")
 
@@ -224,7 +226,7 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def counting(out: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def counting(out: Console, what: str) -> Generator[Callable[[int, int], None]]:
     """A bar with an ETA; inside, call what is yielded with (done, total). Without a terminal nothing is drawn."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
@@ -338,8 +340,8 @@ class TrainingView:
         name = _headline(event["val"])
         judged = f"validation {metric(name, event['val'][name])}, nll {metric('nll', event['val']['nll'])}"
         took = duration(self.tally.seconds + event["seconds"])
-        words = f"epoch {self._epoch_number(event)}: loss {event['train_loss']:.4f}, {judged}, {self.tally.speed}, {took}"
-        self.out.print(f"{words}, best" if event["best"] else words, style="bold" if event["best"] else None)
+        words = f"epoch {self._epoch_number(event)}: loss {event['train_loss']:.4f}, {judged}, {self.tally.speed}"
+        self.out.print(f"{words}, {took}{', best' if event['best'] else ''}", style="bold" if event["best"] else None)
         for problem in event.get("save_failed", ()):
             self.out.print(f"not saved: {escape(problem)}", style="bold red")
         self.tally = Tally()
@@ -355,7 +357,7 @@ class TrainingView:
 
 
 @contextmanager
-def training_view(out: Console, read_plan: Callable[[], "Plan"]) -> Iterator[TrainingView]:
+def training_view(out: Console, read_plan: Callable[[], "Plan"]) -> Generator[TrainingView]:
     """A `TrainingView`, whose live line is gone afterwards."""
     columns = (BarColumn(bar_width=20), TextColumn("{task.fields[words]}"))
     with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:

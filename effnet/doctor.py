@@ -183,9 +183,7 @@ def _hash(data: bytes) -> bytes:
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """float32 (256,) of mean 0 and length 1, so that a product of two is their correlation; zeros for a flat
-    picture.
-    """
+    """float32 (256,) of mean 0 and length 1, so that a product is a correlation; zeros for a flat picture."""
     small = Image.fromarray(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float32).ravel()
     values = values - values.mean()

@@ -106,6 +106,7 @@ def explain(
     x = normalise(view.to(model.classifier.weight.device), model.preprocess)  # (1, 3, size, size)
     with evaluating(model):
         logits, index, values = (_cam if method == "cam" else _gradcam)(model, x, unit, index)
+    logits = logits.float().cpu()
     height, width = image.shape[:2]
     return Explanation(
         map=values.float().cpu().numpy(),
@@ -179,7 +180,6 @@ def _gradcam(model: Model, x: Tensor, tap: str, target: int | None) -> tuple[Ten
     with torch.no_grad():
         logits = model(x)[0]
     index = int(logits.argmax()) if target is None else target
-    x = x.requires_grad_()  # so that there is a gradient even when every weight is frozen
     maps = LayerGradCam(model, model.get_submodule(tap)).attribute(x, target=index, relu_attributions=True)
     return logits, index, maps.detach()[0, 0]
 
@@ -303,7 +303,7 @@ def comparison(
 
 
 def save_grid(path: str | Path, rows: Sequence[Sequence[tuple[np.ndarray, str]]], cell_inches: float = 2.6) -> None:
-    """A PNG of captioned pictures, all rows equally long. Written atomically. `UsageError` for no pictures."""
+    """A PNG of captioned pictures, all rows equally long; missing folders are made. `UsageError` for no pictures."""
     if not rows or not rows[0]:
         raise UsageError("there are no pictures to draw.")
     heights = [_row_inches(row, cell_inches) for row in rows]
@@ -316,6 +316,7 @@ def save_grid(path: str | Path, rows: Sequence[Sequence[tuple[np.ndarray, str]]]
             lines = [textwrap.shorten(part, width=40, placeholder=" ...") for part in caption.split("\n")]
             axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
             axis.set_axis_off()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png"))
 
 

@@ -161,11 +161,14 @@ def save_hub(
     return folder
 
 
+TIMM_NAMES = {ours: theirs for theirs, ours in families.ALIASES.items() if theirs.endswith("_100")}
+
+
 def _config_of(model: Model) -> dict[str, Any]:
     """Our own entry, and timm's words for those who read them."""
     network, preprocess = model.network, model.preprocess
     return {
-        "architecture": network.name,
+        "architecture": TIMM_NAMES.get(network.name, network.name),
         "num_classes": model.num_classes,
         "num_features": model.num_features,
         "label_names": model.labels,

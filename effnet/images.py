@@ -28,6 +28,7 @@ from effnet.spec import Interpolation, Preprocess
 from effnet.value import UsageError, check_choice, check_range
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+LONGEST = 8  # times the shorter side: what `prepare` looks at
 
 # The first bytes of each format we open. Pillow's plugins are called directly: `Image.open` has a pixel limit of its
 # own, which is global, not ours to set, and warns before it refuses.
@@ -93,8 +94,9 @@ class ImageInfo:
 # --- from bytes to pixels -------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes | str | Path, limits: Limits = Limits(), *, at_least: int | None = None,
-           name: str | None = None) -> np.ndarray:
+def decode(
+    data: bytes | str | Path, limits: Limits = Limits(), *, at_least: int | None = None, name: str | None = None
+) -> np.ndarray:
     """A JPEG, PNG, WebP, BMP, TIFF or the first frame of a GIF as uint8 (H, W, 3) RGB, upright by its EXIF orientation.
 
     Transparency is composited on white; 16-bit grey is scaled to 8 bits; CMYK is converted by (255 - C)(255 - K) / 255.
@@ -106,8 +108,11 @@ def decode(data: bytes | str | Path, limits: Limits = Limits(), *, at_least: int
     with _decoding(name), _open(content, name) as image:
         pixels = image.width * image.height
         if pixels > limits.max_pixels:
-            raise ImageError(name, f"{image.width} x {image.height} is {pixels / 1e6:.1f} megapixels; "
-                                   f"the limit is {limits.max_pixels / 1e6:.1f}")
+            raise ImageError(
+                name,
+                f"{image.width} x {image.height} is {pixels / 1e6:.1f} megapixels; "
+                f"the limit is {limits.max_pixels / 1e6:.1f}",
+            )
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         _load(image)
@@ -124,8 +129,14 @@ def inspect(data: bytes | str | Path, limits: Limits = Limits(), *, name: str | 
         width, height = image.size
         if orientation >= 5 and image.format != "TIFF":  # a quarter turn, which only the TIFF plugin has applied yet
             width, height = height, width
-        return ImageInfo(format=str(image.format), mode=image.mode, width=width, height=height,
-                         exif_orientation=orientation, bits=_bits(image, content))
+        return ImageInfo(
+            format=str(image.format),
+            mode=image.mode,
+            width=width,
+            height=height,
+            exif_orientation=orientation,
+            bits=_bits(image, content),
+        )
 
 
 def _read(data: bytes | str | Path, limits: Limits, name: str | None) -> tuple[bytes, str]:
@@ -225,7 +236,10 @@ def _wide_grey(values: np.ndarray, transparent: int | None) -> Image.Image:
 
 
 def prepare(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """The evaluation view of `image` (uint8 (H, W, 3)) as uint8 (size, size, 3), by the method of `preprocess`."""
+    """The evaluation view of `image` (uint8 (H, W, 3)) as uint8 (size, size, 3), by the method of `preprocess`.
+
+    Of an image more than `LONGEST` times as long as it is wide, the middle stands for the whole.
+    """
     size, filter = preprocess.size, resampling(preprocess.interpolation)
     image = _not_too_long(image)
     height, width = image.shape[:2]
@@ -248,10 +262,10 @@ def resampling(interpolation: Interpolation) -> Image.Resampling:
     return Image.Resampling[interpolation.upper()]
 
 
-def _not_too_long(image: np.ndarray, ratio: int = 8) -> np.ndarray:
+def _not_too_long(image: np.ndarray) -> np.ndarray:
     """The middle of a strip: scaling its *shorter* side up would make 1 x 100,000 pixels into 6 gigapixels."""
     height, width = image.shape[:2]
-    limit = ratio * min(height, width)
+    limit = LONGEST * min(height, width)
     top, left = (max(0, side - limit) // 2 for side in (height, width))
     return image[top : top + limit, left : left + limit]
 

@@ -95,9 +95,7 @@ def elpv(*, split_seed: int, val_fraction: float, classes: Sequence[str] | None)
 
 
 def elpv_modules(*, split_seed: int, val_fraction: float, classes: Sequence[str] | None) -> Splits:
-    """The module-wise protocol: cells 1-2144 against 2145-2624; validation from whole stretches of the training
-    part.
-    """
+    """The module-wise protocol: cells 1-2144 against 2145-2624; validation is whole stretches of the former."""
     check_range("val_fraction", val_fraction, 0, 0.5)
     cells, _ = _elpv_cells(classes)
     groups = np.array(cells.groups)

@@ -199,7 +199,10 @@ def write_json(path: str | Path, predictions: Iterable[Prediction]) -> None:
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file that appears when it is complete. File names that are not UTF-8 are written as the bytes they are."""
+    """A CSV file that appears when it is complete; missing folders are made.
+
+    File names that are not UTF-8 are written as the bytes they are.
+    """
     _write(path, lambda file: csv.writer(file, lineterminator="\n").writerows(itertools.chain([header], rows)))
 
 
@@ -208,4 +211,5 @@ def _write(path: str | Path, content: Callable[[TextIO], Any]) -> None:
         with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             content(file)
 
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), write)

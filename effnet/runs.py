@@ -5,6 +5,7 @@
 | `plan.json`, `recipe.json`, `log.jsonl` | `effnet train` | without them the folder is not a run |
 | `best.safetensors` | `effnet train` | after the first epoch |
 | `eval.json`, `predictions.csv` | `effnet eval` | an `Evaluation`; a row per image |
+| `split.json` | `effnet train` | how its data was cut |
 | `published.json` | a person | what others reached on the same data: a list of `Published` |
 
 `History` is the log read back: curves are arrays over the steps, and everything that has to be counted per phase or per
@@ -115,12 +116,13 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What the folder holds. `saved`: the best weights, or why there are none."""
+    """What the folder holds. `cut`: arguments of `open_data`. `saved`: the best weights, or why there are none."""
 
     folder: Path
     plan: Plan
     recipe: Recipe
     history: History
+    cut: Mapping[str, Any]
     evaluation: Evaluation | None
     predictions: tuple[Judged, ...]
     published: tuple[Published, ...]
@@ -152,6 +154,7 @@ def read_run(folder: str | Path) -> Run:
         plan=_read(folder / "plan.json", Plan.from_json),
         recipe=_read(folder / "recipe.json", Recipe.from_json),
         history=_read(folder / "log.jsonl", read_history),
+        cut=_read(folder / "split.json", json.loads) or {},
         evaluation=evaluation,
         predictions=(_read(folder / "predictions.csv", _judged) or ()) if evaluation else (),
         published=_read(folder / "published.json", _published) or (),

@@ -29,9 +29,7 @@ TEST_FRACTION = 0.15  # of a data set that names no test part
 
 
 class Pixels(ABC):
-    """Pictures by row number. Compared by identity: two `Source`s that share one can share a cache of decoded
-    pictures.
-    """
+    """Pictures by row number. Compared by identity: `Source`s that share one can share a cache of decoded pictures."""
 
     @abstractmethod
     def image(self, row: int, at_least: int | None = None) -> np.ndarray:
@@ -94,8 +92,7 @@ class Source:
 
     `labels` int64 (N,): an index into `classes`, or -1 when unlabelled (then `classes` is empty). `weights` float32
     (N,), 0 or more: how much a sample counts in losses and weighted metrics. `soft` float32 (N, K) or None: target
-    probabilities, rows sum to 1. `groups`: a word per sample by which results are reported apart. `rows`: where in
-    `pixels`.
+    probabilities, rows sum to 1. `groups`: words by which results are reported apart. `rows`: where in `pixels`.
     """
 
     name: str
@@ -154,9 +151,7 @@ class Source:
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def balance(self) -> np.ndarray:
-        """Class weights S / (K n_j), float32 (K,): every class weighs the same in sum. A class without samples gets
-        0.
-        """
+        """Class weights S / (K n_j), float32 (K,): every class weighs the same in sum; 0 for one without samples."""
         counts = self.counts()
         scale = counts.sum() / max(len(self.classes), 1)
         return np.divide(scale, counts, out=np.zeros(len(counts)), where=counts > 0).astype(np.float32)
@@ -196,9 +191,7 @@ class Splits:
         return {name: part for name in SPLITS if (part := getattr(self, name)) is not None}
 
     def part(self, name: str) -> Source:
-        """`train`, `val`, `test` or `all` (every sample, in that order). `UsageError` for a part that does not
-        exist.
-        """
+        """`train`, `val`, `test` or `all` (every sample, in that order). `UsageError` for a part there is not."""
         check_choice("split", name, (*SPLITS, "all"))
         parts = self.parts()
         if name == "all":
@@ -209,9 +202,7 @@ class Splits:
 
 
 def joined(name: str, parts: Sequence[Source]) -> Source:
-    """The samples of all `parts`, one after another. They must share their `Pixels`, as the parts of one `Splits`
-    do.
-    """
+    """The samples of all `parts`, one after another. They share their `Pixels`, as the parts of one `Splits` do."""
     first = parts[0]
     assert all(part.pixels is first.pixels and part.classes == first.classes for part in parts)
     soft = [part.soft for part in parts if part.soft is not None]

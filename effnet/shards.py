@@ -124,8 +124,10 @@ def read_index(shard: Path) -> Iterator[Labelled]:
                     f"{shard}, sample {key}: no image among {', '.join(f for f in sample if f[0] != '_')}."
                 )
             yield Labelled(key, sample[images[0]], _label(sample, f"{shard}, sample {key}"))
-    except tarfile.TarError as error:
-        raise UsageError(f"{shard} is not a tar file that can be read: {error}") from None
+    except UsageError:
+        raise
+    except (tarfile.TarError, ValueError) as error:  # ValueError: webdataset met one name twice
+        raise UsageError(f"{shard} is not a tar file that can be read: {error.args[0]}") from None
 
 
 def _members(shard: Path) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,7 @@ from effnet.images import image_files
 from effnet.named import FASHION, elpv, elpv_modules, fashion_mnist, package
 from effnet.samples import SPLIT_NAMES, FilePixels, Splits, check_known, class_list, labelled, split_named, splits_of
 from effnet.shards import folder_pattern, has_shards, open_shards
-from effnet.value import UsageError, check_choice, nearest
+from effnet.value import UsageError, check_choice, check_range, nearest
 
 NAMED_SETS = ("elpv", "elpv-modules", "fashion-mnist", "package")
 REQUIRED, OPTIONAL = ("path", "label"), ("split", "weight", "group")
@@ -40,6 +40,7 @@ def open_data(
     the list stored in a checkpoint; it is enforced, and its order is kept. `UsageError` for anything missing, empty,
     unreadable or of another class list.
     """
+    check_range("split_seed", split_seed, 0, 2**32 - 1)
     options: dict[str, Any] = {"split_seed": split_seed, "val_fraction": val_fraction, "classes": classes}
     head, _, rest = str(spec).partition(":")
     if head == "fashion-mnist":
@@ -111,7 +112,8 @@ def open_folder(root: Path, *, split_seed: int, val_fraction: float, classes: Se
 
 def _folders(root: Path) -> list[Path]:
     """The class folders of `root`, sorted by name; hidden ones and what archivers leave behind do not count."""
-    return sorted((p for p in root.iterdir() if p.is_dir() and p.name[0] not in "._"), key=lambda p: p.name)
+    folders = (path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "__MACOSX")
+    return sorted(folders, key=lambda path: path.name)
 
 
 def _part_folders(root: Path, folders: Sequence[Path]) -> dict[str | None, Path]:
@@ -124,7 +126,8 @@ def _part_folders(root: Path, folders: Sequence[Path]) -> dict[str | None, Path]
         if part:
             parts[part] = folder
     for folder in folders if parts else ():
-        if not split_named(folder.name) and (hint := nearest(folder.name, SPLIT_NAMES)):
+        hint = "" if split_named(folder.name) else nearest(folder.name, SPLIT_NAMES)
+        if hint and image_files(folder):
             raise UsageError(f"{root} has parts ({', '.join(filter(None, parts))}) and a folder {folder.name!r}.{hint}")
     return parts
 

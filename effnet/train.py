@@ -7,6 +7,7 @@ A run is a function of (data, network, recipe): the order of samples, augmentati
 keyed by (seed, epoch, step), never by what ran before, so a resumed run continues with the very same numbers.
 """
 
+import datetime
 import functools
 import json
 import os
@@ -103,12 +104,14 @@ def training(
     resume: bool = False,
     device: str = "cpu",
     workers: int | None = None,
+    weights: str = "",
 ) -> Iterator[Event]:
     """Trains `model` on `splits.train`, judges it on `splits.val` after each epoch, and yields what happens.
 
     Writes `out/plan.json`, `recipe.json`, `log.jsonl`, `last.safetensors` (resume) and `best.safetensors` (use).
     `model` gets a fresh classifier when its labels are not the data's classes. `UsageError`: `out` already holds a run
     and `resume` is false, the data or recipe changed since, no validation data. `Interrupted` after SIGINT or SIGTERM.
+    `weights` is what `model` started from, for the log only.
     """
     started = time.perf_counter()
     out = Path(out)
@@ -120,7 +123,7 @@ def training(
         nn.init.zeros_(model.classifier.weight)
     todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device)
     log = functools.partial(_logged, out)
-    yield log(_start_event(splits, todo, state, device))
+    yield log(_start_event(splits, todo, state, device, weights))
     with _signals() as stop:
         for place in _places(todo, state.step):
             yield from map(log, _phase_events(todo, state, place))
@@ -468,7 +471,7 @@ def _logged(out: Path, event: Event) -> Event:
     return event
 
 
-def _start_event(splits: Splits, todo: Plan, state: State, device: str) -> Event:
+def _start_event(splits: Splits, todo: Plan, state: State, device: str, weights: str) -> Event:
     return {
         "event": "start",
         "step": state.step,
@@ -477,7 +480,9 @@ def _start_event(splits: Splits, todo: Plan, state: State, device: str) -> Event
         "fingerprint": splits.train.fingerprint(),
         "classes": list(splits.classes),
         "images": {"train": len(splits.train), "val": len(splits.val or ()), "test": len(splits.test or ())},
+        "weights": weights,
         "precision": todo.precision,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment(device),
         "pid": os.getpid(),
     }

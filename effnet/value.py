@@ -85,7 +85,7 @@ def _rebuild(kind: Any, value: Any) -> Any:
     """Nested dataclasses from dicts, tuples from lists; everything else as it is."""
     if isinstance(kind, type) and issubclass(kind, Value):
         return kind.from_dict(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         inner = (get_args(kind) or (None,))[0]
         return tuple(_rebuild(inner, item) for item in value)
     return value

@@ -7,9 +7,10 @@ named .safetensors is refused.
 
 import io
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -38,8 +39,10 @@ def read_foreign(path: str | Path) -> dict[str, Array]:
     check_choice(f"{path.name}: the suffix", path.suffix, SUFFIXES)
     if path.suffix == ".npz":
         return _read_npz(path)
-    if path.suffix == ".safetensors" or not is_pickle(path):
-        return _read_safetensors(path)
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors" or not is_pickle(file):
+            file.seek(0)
+            return _read_safetensors(file, path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a strange pickle can cause, it is not ours
@@ -49,19 +52,20 @@ def read_foreign(path: str | Path) -> dict[str, Array]:
     return _unwrapped(loaded, path)
 
 
-def _read_safetensors(path: Path) -> dict[str, Array]:
-    read_header(path)  # says what else it is
+def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Array]:
+    read_header(file, path)  # says what else it is
+    file.seek(0)
     try:
-        return _unwrapped(safetensors.torch.load_file(path), path)
+        return _unwrapped(safetensors.torch.load(file.read()), path)
     except safetensors.SafetensorError as error:
         raise UsageError(f"{path} cannot be read: {error}.") from error
 
 
 def _read_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path} cannot be read as a file of arrays: {error}") from error
 
 

@@ -41,13 +41,12 @@ COLUMNS = (
 
 def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: str, out: Path) -> dict[str, Any]:
     """One run: fine-tune on the split of `seed`, then judge the test cells once."""
-    from effnet.zoo import load_model
-
     from effnet import recipes
     from effnet.data import open_data
     from effnet.evaluate import evaluate
     from effnet.plan import environment
     from effnet.train import train
+    from effnet.zoo import load_model
 
     recipe = recipes.with_settings(recipes.get("inspection"), {"seed": str(seed)} | settings)
     splits = open_data(protocol, split_seed=seed)

@@ -192,8 +192,12 @@ def test_inception_views_show_a_part_that_is_stretched_to_the_square():
 
 
 @settings(max_examples=200, deadline=None)
-@given(width=st.integers(1, 400), height=st.integers(1, 400), seed=st.integers(0, 10**6),
-       area=st.sampled_from([(0.08, 1.0), (0.05, 1.0), (0.5, 0.6)]))
+@given(
+    width=st.integers(1, 400),
+    height=st.integers(1, 400),
+    seed=st.integers(0, 10**6),
+    area=st.sampled_from([(0.08, 1.0), (0.05, 1.0), (0.5, 0.6)]),
+)
 def test_a_crop_keeps_its_area_and_aspect_or_is_the_centre(width, height, seed, area):
     left, top, crop_width, crop_height = inception_box(width, height, rng(seed), area=area)
     assert 0 <= left <= width - crop_width and 0 <= top <= height - crop_height
@@ -233,8 +237,22 @@ def test_a_wrong_argument_is_named(argument, value):
 
 def test_the_sixteen_operations_are_those_of_the_official_code():
     assert set(OPERATIONS) == {
-        "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast", "Brightness",
-        "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout", "SolarizeAdd",
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "Rotate",
+        "Posterize",
+        "Solarize",
+        "Color",
+        "Contrast",
+        "Brightness",
+        "Sharpness",
+        "ShearX",
+        "ShearY",
+        "TranslateX",
+        "TranslateY",
+        "Cutout",
+        "SolarizeAdd",
     }
     assert (RAND_REACH.translate_px, RAND_REACH.cutout_px) == (100, 40)
     assert (AUTO_REACH.translate_px, AUTO_REACH.cutout_px) == (250, 100)
@@ -405,8 +423,17 @@ def test_rand_augment_accepts_any_size_and_magnitude(height, width, magnitude, s
 
 
 SHORT = {
-    "E": "Equalize", "AC": "AutoContrast", "Inv": "Invert", "Rot": "Rotate", "Pos": "Posterize", "Sol": "Solarize",
-    "SolA": "SolarizeAdd", "Col": "Color", "ShX": "ShearX", "ShY": "ShearY", "TrY": "TranslateY",
+    "E": "Equalize",
+    "AC": "AutoContrast",
+    "Inv": "Invert",
+    "Rot": "Rotate",
+    "Pos": "Posterize",
+    "Sol": "Solarize",
+    "SolA": "SolarizeAdd",
+    "Col": "Color",
+    "ShX": "ShearX",
+    "ShY": "ShearY",
+    "TrY": "TranslateY",
 }
 PRINTED = """
 E .8 1, ShY .8 4 | Col .4 9, E .6 3 | Col .4 1, Rot .6 8 | Sol .8 3, E .4 7 | Sol .4 2, Sol .6 2 | Col .2 0, E .8 8
@@ -549,7 +576,7 @@ def test_cutmix_pastes_one_rectangle_and_its_exact_area_is_the_label_weight(size
 
 def test_cutmix_rectangles_have_the_sides_of_the_official_code():
     batch, targets = labelled(2, 32)
-    for centre, columns in ((16, slice(8, 24)), (3, slice(0, 11)), (30, slice(22, 32))):  # sides sqrt(1 - 0.75) * 32 = 16
+    for centre, columns in ((16, slice(8, 24)), (3, slice(0, 11)), (30, slice(22, 32))):  # sqrt(1 - 0.75) * 32 = 16
         mixed, soft = cutmix(batch, targets, 1.0, Fixed(integers=centre, beta=0.75))
         expected = torch.zeros(32, 32)
         expected[columns, columns] = 1
@@ -575,7 +602,8 @@ def test_mix_gives_each_method_its_own_alpha():
     blended = mixup(batch[:20], targets[:20], 0.2, generator)
     pasted = cutmix(batch[20:], targets[20:], 0.9, generator)
     mixed, soft = mix(batch, targets, mixup_alpha=0.2, cutmix_alpha=0.9, rng=rng(5))
-    assert torch.equal(mixed, torch.cat([blended[0], pasted[0]])) and torch.equal(soft, torch.cat([blended[1], pasted[1]]))
+    assert torch.equal(mixed, torch.cat([blended[0], pasted[0]]))
+    assert torch.equal(soft, torch.cat([blended[1], pasted[1]]))
 
 
 @pytest.mark.parametrize(("alphas", "alone"), [((0.5, 0.0), mixup), ((0.0, 0.5), cutmix), ((0.0, 0.0), None)])

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,7 @@ def test_a_format_from_the_future_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @contextmanager
-def largest_file(limit: int) -> Iterator[None]:
+def largest_file(limit: int) -> Generator[None]:
     """The system refuses to let a file grow beyond `limit` bytes: as a full disk, in the middle of a write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -379,12 +379,12 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
         "for seed in range(10**6): save_tiny(path, seed, keep_previous=True)"
     )
     root = Path(__file__).parent.parent
-    saver = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=root)
-    assert saver.stdout is not None and saver.stdout.readline() == b"first\n"
-    seen = {checkpoint.load(path, fallback=False).extra["seed"] for _ in range(100)}  # while it is being replaced
-    saver.send_signal(signal.SIGKILL)
-    saver.wait()
-    saver.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=root) as saver:
+        try:
+            assert saver.stdout is not None and saver.stdout.readline() == b"first\n"
+            seen = {checkpoint.load(path, fallback=False).extra["seed"] for _ in range(100)}  # while it is replaced
+        finally:
+            saver.send_signal(signal.SIGKILL)
     assert len(seen) > 1
     checkpoint.load(path, fallback=False)
     checkpoint.load(checkpoint.previous_path(path), fallback=False)

@@ -1,4 +1,4 @@
-"""The names of others: against their own state dicts, there and back bitwise, and refused when anything is left over."""
+"""The names of others: against their own state dicts, there and back bitwise, refused when anything is left over."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def random_state(network: Network, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+def same(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -162,7 +162,8 @@ def test_unknown_names_are_not_guessed() -> None:
 
 # --- there and back -------------------------------------------------------------------------------------------------
 
-SAMPLE = ("tf_efficientnet_b0", "efficientnet_lite1", "efficientnetv2_b1", "mobilenet_v1", "mobilenet_v2", "mnasnet_a1", "resnet18", "resnet50")  # fmt: skip
+BASELINES = ("mobilenet_v1", "mobilenet_v2", "mnasnet_a1", "resnet18", "resnet50")
+SAMPLE = ("tf_efficientnet_b0", "efficientnet_lite1", "efficientnetv2_b1", *BASELINES)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -208,6 +209,8 @@ def test_averaged_variables_are_preferred_and_the_optimiser_s_left_out() -> None
     del averaged[kernel + dialects.EMA]
     with pytest.raises(UsageError, match=f"1 missing: {kernel}"):
         to_effnet(raw | averaged, network, "tf")
+    with pytest.raises(UsageError, match=rf"1 of another shape: {kernel} is \(3, 3, 32\)"):
+        to_effnet(raw | {kernel: raw[kernel][0]}, network, "tf")
 
 
 def test_the_scope_in_a_tensorflow_checkpoint_may_have_any_name() -> None:
@@ -229,7 +232,7 @@ def test_what_does_not_match_is_listed_on_both_sides_then_refused() -> None:
         to_effnet(theirs, network)
     message = str(caught.value)
     assert "this file of timm weights, read as efficientnet_b0, does not fit" in message and "\n" not in message
-    assert "22 missing: blocks.6.0.conv_pw.weight, blocks.6.0.bn1.weight" in message and "and 17 more" in message
+    assert "19 missing: blocks.6.0.conv_pw.weight, blocks.6.0.bn1.weight" in message and "and 14 more;" in message
     assert "22 not expected: blocks.7.0.conv_pw.weight" in message
     assert "1 of another shape: bn1.weight is (31,), not (32,)" in message
 
@@ -333,7 +336,7 @@ def test_a_pickle_is_never_run(tmp_path: Path, save: Any) -> None:
 
 def test_the_refusal_of_a_pickle_says_what_it_wanted_to_run(tmp_path: Path) -> None:
     torch.save({"x": Bomb(tmp_path / "it-ran")}, tmp_path / "a.pth")
-    with pytest.raises(UsageError, match=r"it wants to run pathlib\.Path\.touch|it wants to run __builtin__\.getattr"):
+    with pytest.raises(UsageError, match="it wants to run getattr"):
         read_foreign(tmp_path / "a.pth")
 
 

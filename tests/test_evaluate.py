@@ -240,6 +240,22 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.89 <= covered / 200 <= 0.985  # 95 % +- 4 standard errors of 1.5 %, and percentile intervals run short
 
 
+def test_an_interval_is_the_middle_95_percent() -> None:
+    interval = percentiles(np.random.default_rng(0).permutation(1001))
+    assert (interval.low, interval.high) == pytest.approx((25, 975))
+
+
+def test_what_is_always_right_is_right_in_every_resample_whatever_the_weights() -> None:
+    means = bootstrap_means(np.ones(50), np.linspace(0.1, 2, 50), 100, np.random.default_rng(3))
+    np.testing.assert_allclose(means, 1, rtol=1e-12)
+
+
+def test_a_resample_without_weight_has_no_mean() -> None:
+    """One of three images has weight: a resample misses it with probability (2/3)^3, and is left out."""
+    means = bootstrap_means(np.array([1, 0, 0]), np.array([1.0, 0, 0]), 10_000, np.random.default_rng(0))
+    assert (means == 1).all() and len(means) == pytest.approx(10_000 * (1 - 8 / 27), abs=4 * 46)  # 4 sd
+
+
 def test_only_the_proportions_of_the_weights_matter_and_blocks_do_not() -> None:
     correct, weights = np.arange(50) % 3 == 0, np.linspace(0.1, 2, 50)
 

@@ -417,7 +417,7 @@ def test_a_map_without_contrast_is_grey() -> None:
 
 def test_panels_and_comparisons_are_written_as_png(tmp_path: Path) -> None:
     model, other, images = small_model(), small_model("basic", 0), [photo(), photo("rocket.jpg")]
-    model.labels = ("a_$b", "100 % $\\alpha", "a label that is much too long for a caption of one line", "cat")
+    model.labels = tuple(f"{i} $\\frac{{$ is no formula, and too long for a caption of one line" for i in range(4))
     whys = [explain(model, image) for image in images]
     panel(tmp_path / "cams" / "panel.png", images, whys, truths=["$cat", "rocket"])
     panel(tmp_path / "one.png", images[:1], whys[:1])

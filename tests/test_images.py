@@ -16,16 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from effnet.images import (
-    ImageError,
-    Limits,
-    decode,
-    denormalise,
-    image_files,
-    inspect,
-    normalise,
-    prepare,
-)
+from effnet.images import ImageError, Limits, decode, denormalise, image_files, inspect, normalise, prepare
 from effnet.spec import Interpolation, Preprocess
 from effnet.value import UsageError
 from tests.conftest import need
@@ -60,9 +51,10 @@ def photo(name: str) -> Path:
 # --- formats and modes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("format", "options"), [
-    ("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True}),
-])
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [("PNG", {}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})],
+)
 def test_lossless_formats_give_back_every_pixel(format, options):
     pixels = decode(encoded(NOISE, format, **options))
     assert pixels.dtype == np.uint8 and pixels.flags.writeable
@@ -78,8 +70,9 @@ def test_a_jpeg_of_flat_colour_keeps_it_within_rounding(options):
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
 def test_only_the_first_frame_of_an_animation_is_read(format):
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
-    data = encoded(frames[0], format, save_all=True, append_images=frames[1:],
-                   **({"lossless": True} if format == "WEBP" else {}))
+    data = encoded(
+        frames[0], format, save_all=True, append_images=frames[1:], **({"lossless": True} if format == "WEBP" else {})
+    )
     np.testing.assert_array_equal(decode(data), np.array(frames[0]))
 
 
@@ -295,12 +288,15 @@ def test_jpeg_and_webp_may_not_lose_a_single_byte_of_their_end():
         assert "broken or truncated" in refused(encoded(NOISE, format)[:-1])
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"", "is empty"),
-    (b"dear reader, this is not a picture", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
-    (b"\x00\x00\x00\x20ftypavif", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
-    (b"BM", "broken or truncated"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"dear reader, this is not a picture", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
+        (b"\x00\x00\x00\x20ftypavif", "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image"),
+        (b"BM", "broken or truncated"),
+    ],
+)
 def test_what_is_not_an_image_is_named_with_its_reason(content, reason, tmp_path):
     path = tmp_path / "notes.jpg"
     path.write_bytes(content)
@@ -340,12 +336,15 @@ def test_any_damage_gives_pixels_or_an_image_error(format, data):
 # --- preprocessing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width", "resized", "offset"), [
-    (300, 400, (256, 341), (16, 58)),  # (341 - 224) / 2 = 58.5, halves to even
-    (400, 300, (341, 256), (58, 16)),
-    (300, 403, (256, 343), (16, 60)),  # 343.89 is cut, 59.5 rounds up
-    (200, 200, (256, 256), (16, 16)),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "resized", "offset"),
+    [
+        (300, 400, (256, 341), (16, 58)),  # (341 - 224) / 2 = 58.5, halves to even
+        (400, 300, (341, 256), (58, 16)),
+        (300, 403, (256, 343), (16, 60)),  # 343.89 is cut, 59.5 rounds up
+        (200, 200, (256, 256), (16, 16)),
+    ],
+)
 def test_resize_crop_has_the_sizes_and_offsets_of_torchvision(height, width, resized, offset):
     image = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     whole = np.array(Image.fromarray(image).resize(resized[::-1], Image.Resampling.BICUBIC))
@@ -367,6 +366,13 @@ def test_shrinking_is_antialiased():
         assert np.abs(view[:, 1:-1].astype(int) - 128).max() <= 2
 
 
+def test_of_a_strip_the_middle_is_shown():
+    strip = np.random.default_rng(6).integers(0, 256, (10, 100, 3), dtype=np.uint8)
+    for method in ("resize_crop", "squash", "crop_resize"):
+        preprocess = Preprocess(size=12, resize=14, method=method)
+        np.testing.assert_array_equal(prepare(strip, preprocess), prepare(strip[:, 10:90], preprocess))
+
+
 def test_squash_shows_the_whole_image_whatever_its_shape():
     ramp = np.repeat(np.linspace(0, 255, 200).astype(np.uint8)[None, :, None], 50, axis=0).repeat(3, axis=2)
     view = prepare(ramp, Preprocess(size=100, resize=100, interpolation="bilinear", method="squash"))
@@ -380,12 +386,24 @@ def test_crop_resize_crops_as_the_official_code():
 
 
 TENSORFLOW = {  # tf.compat.v1.image.resize_* of the picture below to 4 x 4, channels 0 and 2, by TensorFlow 2.21
-    "bicubic": [[[11, 153], [177, 94], [79, 93], [106, 50]], [[173, 50], [84, 85], [101, 169], [129, 45]],
-                [[76, 90], [234, 115], [208, 27], [160, 32]], [[92, 176], [47, 202], [42, 249], [166, 115]]],
-    "bilinear": [[[11, 153], [157, 107], [84, 98], [111, 61]], [[176, 62], [89, 87], [106, 152], [117, 67]],
-                 [[85, 99], [196, 114], [176, 62], [142, 60]], [[89, 167], [76, 170], [71, 213], [161, 111]]],
-    "nearest": [[[11, 153], [99, 241], [140, 26], [123, 9]], [[131, 17], [55, 197], [73, 215], [33, 175]],
-                [[55, 197], [51, 193], [115, 1], [121, 7]], [[74, 216], [208, 94], [62, 204], [209, 95]]],
+    "bicubic": [
+        [[11, 153], [177, 94], [79, 93], [106, 50]],
+        [[173, 50], [84, 85], [101, 169], [129, 45]],
+        [[76, 90], [234, 115], [208, 27], [160, 32]],
+        [[92, 176], [47, 202], [42, 249], [166, 115]],
+    ],
+    "bilinear": [
+        [[11, 153], [157, 107], [84, 98], [111, 61]],
+        [[176, 62], [89, 87], [106, 152], [117, 67]],
+        [[85, 99], [196, 114], [176, 62], [142, 60]],
+        [[89, 167], [76, 170], [71, 213], [161, 111]],
+    ],
+    "nearest": [
+        [[11, 153], [99, 241], [140, 26], [123, 9]],
+        [[131, 17], [55, 197], [73, 215], [33, 175]],
+        [[55, 197], [51, 193], [115, 1], [121, 7]],
+        [[74, 216], [208, 94], [62, 204], [209, 95]],
+    ],
 }
 
 
@@ -428,8 +446,9 @@ def test_a_thin_strip_does_not_explode(monkeypatch):
     assert prepare(np.zeros((1, 200_000, 3), np.uint8), Preprocess(size=64, resize=72)).shape == (64, 64, 3)
 
 
-def preprocessing(mean: tuple[float, float, float], std: tuple[float, float, float],
-                  interpolation: Interpolation = "bilinear") -> Preprocess:
+def preprocessing(
+    mean: tuple[float, float, float], std: tuple[float, float, float], interpolation: Interpolation = "bilinear"
+) -> Preprocess:
     return Preprocess(size=8, resize=8, mean=mean, std=std, interpolation=interpolation)
 
 

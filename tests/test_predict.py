@@ -5,6 +5,7 @@ import importlib.resources
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,8 @@ def test_a_path_that_does_not_exist_is_refused_before_any_image_is_read(
 def test_a_folder_without_images_and_no_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=str(tmp_path)):
         expand([tmp_path])
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        predict(small_model(), [tmp_path])
     with pytest.raises(UsageError, match="no image was named"):
         expand([])
 
@@ -187,10 +190,12 @@ def test_logits_reach_the_network_channels_last_and_leave_as_float32_on_the_cpu(
 
 def test_images_are_decoded_a_bounded_number_of_batches_ahead(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Path] = []
-    monkeypatch.setattr(effnet.predict, "decode", lambda path: begun.append(path) or decode(path))
+    image = decode(photos / "brick.png")
+    monkeypatch.setattr(effnet.predict, "decode", lambda path: begun.append(path) or image)
     rows = predict(small_model(), [photos / "brick.png"] * 40, batch=2)
     next(rows)
-    assert len(begun) <= 2 * (1 + BATCHES_AHEAD)
+    time.sleep(0.3)  # long enough for all 40 views, were they asked for
+    assert len(begun) == 2 * (1 + BATCHES_AHEAD)
     rows.close()
 
 

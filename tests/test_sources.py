@@ -91,7 +91,7 @@ def test_images_outside_class_folders_are_left_out_and_said(image_folder):
         ({"train/a": 2, "train/b": 2, "test/a": 0}, "test holds no images"),
         ({"test/a": 2, "test/b": 2}, "has test but no train folder"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "valid/a": 1}, "two folders for the val part: val and valid"),
-        ({"train/a": 1, "train/b": 1, "tset/a": 1}, "a folder 'tset'. Did you mean 'test'?"),
+        ({"train/a": 1, "train/b": 1, "tset/a": 1, "tests": 0}, "a folder 'tset'. Did you mean 'test'?"),
         ({"train/a": 1, "train/b": 1, "test/c": 1}, "Only in .*test: 'c'. Only in the class list: nothing"),
     ],
 )

@@ -131,3 +131,7 @@ def test_a_factor_that_is_not_positive_and_finite_is_refused(factor: float) -> N
 
 def test_printing_a_network_shows_the_table() -> None:
     assert "mbconv e6 k5 s2 se0.25 -> 40 x2" in str(families.get("efficientnet_b0"))
+
+
+def test_a_network_survives_plain_dicts_as_well_as_json() -> None:
+    assert Network.from_dict(TINY.to_dict()) == TINY

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from effnet import checkpoint, train
+import effnet.train as train
+from effnet import checkpoint
 from effnet.network import Model, build
 from effnet.plan import check_disk, plan, run_preprocess, steps_per_epoch
 from effnet.recipes import Recipe, Schedule

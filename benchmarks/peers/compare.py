@@ -43,7 +43,7 @@ SEED = 0
 SIZES = (128, 97)  # px
 TOLERANCE = 1e-4  # relative, float32: hundreds of layers in another order of summation
 TOLERANCE_DOUBLE = 1e-11  # relative, float64
-AMPLIFIED = 2e9  # a deep random network amplifies rounding, in both precisions: float32's is 5e8 times coarser
+ROUNDING = 2**29  # float32's rounding unit over float64's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,19 @@ def pairs() -> Iterator[Pair]:
         yield Pair(library="torchvision", theirs=name, ours=families.get(name).name)
 
 
-def define_torchvision_operators() -> None:
-    """torchvision's Python part declares shapes for two operators of its compiled part, which has no CPU build here."""
+def torchvision_operators() -> torch.library.Library:
+    """Two operators by name alone: torchvision's Python part wants them, its compiled part is not there.
+
+    The definitions live as long as what is returned.
+    """
     library = torch.library.Library("torchvision", "DEF")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    globals()["_library"] = library  # the definitions live as long as this object
+    return library
 
 
-def norms(model: nn.Module) -> list[nn.Module]:
-    """The batch norms (timm's fuse the activation, and are no nn.BatchNorm2d for some versions)."""
+def norms(model: nn.Module) -> list[Any]:
+    """The batch norms; timm's own class, which holds the activation too, is one."""
     return [module for module in model.modules() if hasattr(module, "running_var")]
 
 
@@ -103,7 +106,7 @@ def randomise(model: nn.Module, images: Tensor, generator: torch.Generator) -> N
     """
     model.eval()
 
-    def calibrate(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def calibrate(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
         shape = variance.shape
         norm.running_mean.copy_(mean + 0.1 * variance.sqrt() * torch.randn(shape, generator=generator))
@@ -130,24 +133,20 @@ def compare(pair: Pair) -> dict[str, Any]:
     torch.manual_seed(SEED)  # the peers draw their weights from the global generator
     network = families.get(pair.ours)
     theirs = pair.build()
-    params = sum(p.numel() for p in theirs.parameters())
-    images = [torch.randn(8, 3, size, size, generator=generator) for size in SIZES]
-    randomise(theirs, images[0], generator)
     (eps,) = {norm.eps for norm in norms(theirs)}
-
-    state = theirs.state_dict()
-    dialect = dialects.recognise(state)
+    dialect = dialects.recognise(theirs.state_dict())
     like_theirs = network.replace(norm=network.norm.replace(eps=eps))
     ours = build(like_theirs).eval()
-    ours.load_state_dict(dialects.to_effnet(state, like_theirs, dialect))
-    back = dialects.from_effnet(ours.state_dict(), like_theirs, dialect)
-
-    bitwise = state.keys() == back.keys() and all(torch.equal(state[key], back[key]) for key in state)
-    images = [batch[:2] for batch in images]
-    error, largest, spread = difference(theirs, ours, images)
-    keys, tensors = key_digest(state), len(state)
-    del state, back  # EfficientNet-L2 twice in double precision is 8 GB by itself
-    error64, largest64, _ = difference(theirs.double(), ours.double(), [batch.double() for batch in images])
+    bitwise, differences, exact = True, [], []
+    for size in SIZES:
+        images = torch.randn(8, 3, size, size, generator=generator)
+        randomise(theirs, images, generator)
+        ours.load_state_dict(dialects.to_effnet(theirs.state_dict(), like_theirs, dialect))
+        bitwise &= same(theirs.state_dict(), dialects.from_effnet(ours.state_dict(), like_theirs, dialect))
+        differences.append(difference(theirs, ours, images[:2]))
+        exact.append(difference(theirs.double(), ours.double(), images[:2].double()))
+        theirs, ours = theirs.float(), ours.float()  # exact: the weights were float32
+    params = sum(p.numel() for p in theirs.parameters())
     return {
         "library": pair.library,
         "theirs": pair.theirs,
@@ -156,37 +155,55 @@ def compare(pair: Pair) -> dict[str, Any]:
         "params": params,
         "params_equal": params == sum(p.numel() for p in ours.parameters()) == cost(network).params,
         "sizes": list(SIZES),
-        "max_error": error,
-        "relative_error": error / largest,
-        "relative_error_float64": error64 / largest64,
-        "max_logit": largest,
-        "spread_between_images": spread,
+        "max_error": max(d.error for d in differences),
+        "relative_error": max(d.error / d.largest for d in differences),
+        "relative_error_float64": max(d.error / d.largest for d in exact),
+        "max_logit": max(d.largest for d in differences),
+        "signal": min(d.signal for d in differences),
         "round_trip_bitwise": bitwise,
         "eps": eps,
         "eps_of_our_network": network.norm.eps,
         "eps_native": dialects.native(network, pair.library).norm.eps,
-        "tensors": tensors,
-        "keys": keys,
+        "tensors": len(theirs.state_dict()),
+        "keys": key_digest(theirs.state_dict()),
     }
 
 
-def difference(theirs: nn.Module, ours: nn.Module, images: list[Tensor]) -> tuple[float, float, float]:
-    """Over all batches: max |error|, max |logit|, and how much two images differ (the signal)."""
-    error = largest = spread = 0.0
-    for batch in images:
-        expected, found = theirs(batch), ours(batch)
-        error = max(error, float((expected - found).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
-        spread = max(spread, float((expected[0] - expected[1]).std()))
-    return error, largest, spread
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """The same names, and every tensor bitwise the same."""
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Of two networks on two images: max |error|, max |logit|, and how much the images differ (mean |difference|)."""
+
+    error: float
+    largest: float
+    signal: float
+
+
+def difference(theirs: nn.Module, ours: nn.Module, images: Tensor) -> Difference:
+    """`images`: (2, 3, H, W), of the networks' dtype."""
+    expected, found = theirs(images), ours(images)
+    return Difference(
+        error=float((expected - found).abs().max()),
+        largest=float(expected.abs().max()),
+        signal=float((expected[0] - expected[1]).abs().mean()),
+    )
 
 
 def passes(row: dict[str, Any]) -> bool:
-    """Whether a row is parity: a real signal, a small error, equal counts, the way back bitwise, epsilon known."""
+    """Whether a row is parity: a real signal, a small error, equal counts, the way back bitwise, epsilon known.
+
+    A float32 error above the tolerance is rounding if float64 has the same one, 2^29 times smaller (within 2x). In the
+    run of 2026-11-22 that excused one of 67 pairs: timm's efficientnet_l2, 1.3e-4 for a tolerance of 1e-4.
+    """
+    rounding = 2 * ROUNDING * row["relative_error_float64"]
     return (
         row["relative_error_float64"] <= TOLERANCE_DOUBLE
-        and row["relative_error"] <= max(TOLERANCE, AMPLIFIED * row["relative_error_float64"])
-        and row["spread_between_images"] > 1e3 * row["max_error"]
+        and row["relative_error"] <= max(TOLERANCE, rounding)
+        and row["signal"] > 100 * row["max_error"]
         and row["params_equal"]
         and row["round_trip_bitwise"]
         and row["eps_native"] == row["eps"]
@@ -226,22 +243,40 @@ def table_line(row: dict[str, Any]) -> str:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """The result, and the names that effnet's tests compare with where no peer is installed."""
-    report = {"tolerance": TOLERANCE, "tolerance_float64": TOLERANCE_DOUBLE, "environment": environment(), "rows": rows}
-    (ROOT / "results" / "parity_peers.json").write_text(json.dumps(report, indent=1) + "\n")
-    golden = {
-        "source": f"benchmarks/peers/compare.py: timm {report['environment']['timm']}, "
-        f"torchvision {report['environment']['torchvision']}; [network, tensors, digest of all names and shapes]",
-        **{
-            library: {r["theirs"]: [r["ours"], r["tensors"], r["keys"]] for r in rows if r["library"] == library}
-            for library in ("timm", "torchvision")
-        },
+    """The result, and the names that effnet's tests compare with where no peer is installed; a line for each row."""
+    where = environment()
+    report = {"tolerance": TOLERANCE, "tolerance_float64": TOLERANCE_DOUBLE, "environment": where}
+    judged = [row | {"agrees": passes(row)} for row in rows]
+    (ROOT / "results" / "parity_peers.json").write_text(_document(report, {"rows": judged}))
+    source = "benchmarks/peers/compare.py; network of ours, number of tensors, digest of all their names and shapes"
+    versions = {name: where[name] for name in ("timm", "torchvision")}
+    keys = {
+        library: {
+            row["theirs"]: [row["ours"], row["tensors"], row["keys"]] for row in rows if row["library"] == library
+        }
+        for library in versions
     }
-    (ROOT / "tests" / "golden" / "peer_keys.json").write_text(json.dumps(golden, indent=1) + "\n")
+    (ROOT / "tests" / "golden" / "peer_keys.json").write_text(_document({"source": source, "versions": versions}, keys))
+
+
+def _document(head: dict[str, Any], tables: dict[str, Any]) -> str:
+    """JSON with one line for each entry of `head` and each row of the `tables` (lists or dicts)."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    for name, table in tables.items():
+        is_dict = isinstance(table, dict)
+        cells = (
+            [f"{json.dumps(key)}: {json.dumps(row)}" for key, row in table.items()]
+            if is_dict
+            else map(json.dumps, table)
+        )
+        opening, closing = "{}" if is_dict else "[]"
+        inside = ",\n  ".join(cells)
+        lines.append(f" {json.dumps(name)}: {opening}\n  {inside}\n {closing}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def main(pattern: str = "") -> int:
-    define_torchvision_operators()
+    _operators = torchvision_operators()  # held until the end
     print(f"{'library':<12}{'network':<26}{'params':>12}{'error':>9}{'relative':>10}{'float64':>9}  back     eps")
     rows = []
     for pair in pairs():

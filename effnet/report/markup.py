@@ -1,7 +1,7 @@
 """How is a page written so that nothing in the data can break it? Markup is a type of its own, and text is not markup.
 
-`tag` builds elements; every child and attribute that is not `Html` is escaped, so a class named `<script>` is seven
-letters and a pair of brackets. `page` adds the style sheet, which is part of the file, and a policy that forbids the
+`tag` builds elements; every child and attribute that is not `Html` is escaped, so a class named `<script>` is six
+letters in a pair of brackets. `page` adds the style sheet, which is part of the file, and a policy that forbids the
 browser to load or run anything else. The style is one calm column: system fonts, one accent colour, light or dark by
 the reader's own setting, tables with aligned digits, and a version for paper.
 """
@@ -164,7 +164,8 @@ h2 { margin: 0 0 1rem; font-size: 1.3rem; font-weight: 650; line-height: 1.25; l
 h3 { margin: 1.8rem 0 .7rem; font-size: 1rem; font-weight: 650; }
 section { margin-top: 3.2rem; scroll-margin-top: 1rem; }
 .kicker { margin: 0 0 .6rem; color: var(--accent); font-size: .8rem; font-weight: 650; letter-spacing: .06em; }
-.lead { color: var(--soft); }
+.lead { max-width: none; color: var(--soft); }
+.nowrap { display: inline-block; margin-right: .5ch; white-space: nowrap; }
 .note, figcaption { color: var(--soft); font-size: .875rem; line-height: 1.45; }
 code, pre { font: .875em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { margin: 0 0 .9rem; padding: .9rem 1.1rem; background: var(--panel); border-radius: 6px; overflow-x: auto; }
@@ -192,13 +193,15 @@ th, td { padding: .42rem .6rem; text-align: left; vertical-align: baseline; bord
 th:first-child { padding-left: 0; }
 td:last-child, thead th:last-child { padding-right: 0; }
 thead th { color: var(--soft); font-size: .8rem; font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { min-width: 7rem; font-weight: 500; overflow-wrap: anywhere; }
+tbody th small { display: block; max-width: 60ch; color: var(--soft); font-size: .8rem; font-weight: 400; }
 th.number, td.number { text-align: right; white-space: nowrap; }
-tr.mark > * { background: color-mix(in srgb, var(--accent) 9%, transparent); font-weight: 650; }
-tr.mark > :first-child { padding-left: .5rem; }
-tr.mark > :last-child { padding-right: .5rem; }
+tr.mark > * { background: color-mix(in srgb, var(--accent) 9%, transparent); }
+tr.mark > th, tr.mark > .number { font-weight: 650; }
+tr.mark > :first-child { padding-left: .6rem; box-shadow: inset 3px 0 var(--accent); }
 data { white-space: nowrap; }
-.range { position: relative; display: inline-block; width: 9rem; height: .75rem; border-bottom: 1px solid var(--line); }
+.range { position: relative; display: inline-block; width: clamp(5rem, 22vw, 14rem); height: .75rem;
+  border-bottom: 1px solid var(--line); }
 .range i { position: absolute; bottom: 1px; left: var(--low); width: calc(var(--high) - var(--low)); height: 3px;
   background: color-mix(in srgb, currentColor 45%, transparent); }
 .range b { position: absolute; bottom: -2px; left: calc(var(--at) - 4.5px); width: 9px; height: 9px; border-radius: 50%;
@@ -206,13 +209,16 @@ data { white-space: nowrap; }
 .mark .range { color: var(--accent); }
 .bar { display: inline-block; width: 4.5rem; height: .55rem; margin-left: .6rem; background:
   linear-gradient(90deg, var(--accent) var(--share), color-mix(in srgb, var(--soft) 18%, transparent) var(--share)); }
+.mark .bar { visibility: hidden; }
 
 .confusion { width: auto; max-width: 100%; }
-.confusion td { min-width: 4.2rem; padding: .7rem .6rem; text-align: center; border: 2px solid var(--paper);
-  background: color-mix(in srgb, var(--accent) var(--share), var(--panel)); }
+.confusion td { min-width: 4.1rem; padding: .7rem .4rem; text-align: center; vertical-align: middle;
+  border: 2px solid var(--paper); background: color-mix(in srgb, var(--accent) var(--share), var(--panel)); }
 .confusion td small { display: block; font-size: .75rem; }
-.confusion th { border: 0; padding-left: 0; }
-.confusion thead th { text-align: center; }
+.confusion th { max-width: 9rem; border: 0; padding-left: 0; vertical-align: middle; }
+.confusion thead th { max-width: 5.5rem; padding: .42rem .2rem; text-align: center; vertical-align: bottom;
+  overflow-wrap: anywhere; }
+.confusion thead td { min-width: 0; background: none; }
 
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr));
   gap: 0 2.5rem; margin: 0; }
@@ -234,8 +240,8 @@ svg text { font-family: inherit; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17.5rem), 1fr));
   gap: 1.6rem 1.8rem; margin: 0; padding: 0; list-style: none; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; }
-.pair img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; background: var(--panel); }
-.examples b { font-weight: 650; }
+.pair img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; background: var(--panel); }
+figcaption b { color: var(--ink); font-weight: 650; }
 .matrix { display: block; width: min(100%, 32rem); image-rendering: pixelated; }
 details { margin: 0 0 1rem; }
 summary { padding: .3rem 0; color: var(--accent); font-size: .9rem; cursor: pointer; }

@@ -4,14 +4,14 @@ A table of metrics with their intervals, published results on the same scale, cl
 calibration, groups, and pictures with the evidence that the network found in them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from effnet import figures
 from effnet.evaluate import ClassScore, Evaluation, Interval
-from effnet.examples import Example, find_examples
-from effnet.markup import Child, Html, Section, figure, folded, listed, section, table, tag, titled
+from effnet.report import figures
+from effnet.report.examples import Example, find_examples
+from effnet.report.markup import Child, Html, Section, figure, folded, join, listed, section, table, tag, titled
 from effnet.runs import Published, Run
 from effnet.samples import Splits
 from effnet.value import UsageError
@@ -27,6 +27,17 @@ def exact(name: str, value: float | None) -> Html:
     if value is None:
         return tag("span", "–", title="not defined here")
     return tag("data", metric(name, value), value=repr(float(value)))
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Names of metrics, the most telling first; unknown ones last."""
+    rank = {name: place for place, name in enumerate(METRICS)}
+    return sorted(metrics, key=lambda name: rank.get(name, len(rank)))
+
+
+def level(interval: Interval) -> str:
+    """The level of an interval: `95 %`."""
+    return f"{100 * interval.level:.0f} %"
 
 
 def bounds(name: str, interval: Interval) -> str:
@@ -45,19 +56,22 @@ def results(run: Run) -> Section | None:
         return None
     intervals = run.evaluation.intervals if run.evaluation else {}
     rows: list[list[Child]] = []
-    for name, value in run.metrics.items():
-        title, meaning = METRICS.get(name, (name, ""))
+    for name in in_order(run.metrics):
         interval = [bounds(name, intervals[name]) if name in intervals else None] if intervals else []
-        rows.append([title, exact(name, value), *interval, meaning])
-    between = ["95 % interval"] if intervals else []
-    columns = ["Metric", "Value", *between, "What it is"]
+        rows.append([_titled(*METRICS.get(name, (name, ""))), exact(name, run.metrics[name]), *interval])
+    columns = ["Metric", "Value", *(["95 % interval"] if intervals else [])]
     if run.evaluation is not None:
-        caption = f"{run.evaluation.images:,} images of the {run.evaluation.source} part."
+        caption = f"{run.evaluation.images:,} {run.evaluation.source} images."
     else:
         caption = f"{run.plan.val_images:,} validation images, after the epoch that was kept."
     note = "Intervals: bootstrap over the images. They cover the choice of images, not the luck of the training run."
-    found = table(columns, rows, caption=caption, words=[len(columns) - 1])
+    found = table(columns, rows, caption=caption)
     return section("results", "Results", found, tag("p", note, class_="note") if intervals else None)
+
+
+def _titled(title: str, *remarks: Child) -> Html:
+    """What a row is, and small below it what else is to be said."""
+    return join([title, *(tag("small", remark) for remark in remarks if remark)])
 
 
 def published(run: Run) -> Section | None:
@@ -74,13 +88,15 @@ def _comparison(run: Run, name: str) -> Html:
     others = [row for row in run.published if row.metric == name]
     values = [row.on_scale for row in others] + ([] if ours is None else [ours])
     scale = figures.spread(values + ([interval.low, interval.high] if interval else []))
-    part = f"the {run.evaluation.source} part" if run.evaluation else "the validation images, not the test images"
-    note = f"on {part}" + (f"; {interval.level:.0%} interval {bounds(name, interval)}" if interval else "")
-    rows: list[list[Child]] = [["this run", exact(name, ours), _range(scale, ours, interval), "", note]]
+    judged = f"{run.evaluation.images:,} {run.evaluation.source} images" if run.evaluation else "validation images only"
+    within = f"{level(interval)} interval {bounds(name, interval)}" if interval else None
+    rows: list[list[Child]] = [[_titled("This run", judged, within), exact(name, ours), _range(scale, ours, interval)]]
     for row in others:
-        rows.append([row.name, exact(name, row.on_scale), _range(scale, row.on_scale), _cited(row), row.note])
+        title = _titled(row.name, _cited(row), row.note)
+        rows.append([title, exact(name, row.on_scale), _range(scale, row.on_scale)])
+    ends = f"{metric(name, scale[0])} to {metric(name, scale[1])}"
     caption = f"{METRICS[name][0]}: {METRICS[name][1]}."
-    return table(["Result", "Value", "", "Source", "Note"], rows, caption=caption, words=(2, 3, 4), mark=0)
+    return table(["Result", "Value", ends], rows, caption=caption, mark=0)
 
 
 def _range(scale: tuple[float, float], value: float | None, interval: Interval | None = None) -> Html | None:
@@ -106,7 +122,7 @@ def classes(run: Run) -> Section | None:
     if len(rows) <= MOST_ROWS:
         tables = [_class_table(rows, "Precision, recall and F1 of each class.")]
     else:
-        worst = sorted(rows, key=lambda row: (row.f1 is None, row.f1))[:MOST_ROWS]
+        worst = sorted(rows, key=lambda row: (row.f1 is None, row.f1 or 0.0))[:MOST_ROWS]
         everything = _class_table(rows, f"All {len(rows)} classes.")
         tables = [
             _class_table(worst, f"The {MOST_ROWS} classes with the lowest F1."),
@@ -197,19 +213,18 @@ def _bin_table(evaluation: Evaluation) -> Html:
 
 
 def groups(run: Run) -> Section | None:
-    """The same metrics for each group of images."""
+    """The same metrics for each group of images; whatever there is more of, groups or metrics, gets the rows."""
     if run.evaluation is None or not run.evaluation.groups:
         return None
-    names = [name for name in run.evaluation.metrics if name in METRICS]
-    everything = {"all images": run.evaluation, **run.evaluation.groups}
-    rows = [
-        [label, f"{part.images:,}", *(exact(name, part.metrics.get(name)) for name in names)]
-        for label, part in everything.items()
-    ]
+    parts = [("All images", run.evaluation), *run.evaluation.groups.items()]
+    names = in_order(run.evaluation.metrics)
+    cells: list[list[Child]] = [["Group", "Images", *(METRICS.get(name, (name,))[0] for name in names)]]
+    for label, part in parts:
+        cells.append([label, f"{part.images:,}", *(exact(name, part.metrics.get(name)) for name in names)])
+    if len(parts) < len(names):
+        cells = [list(column) for column in zip(*cells, strict=True)]
     caption = f"{len(run.evaluation.groups)} groups of images, each judged by itself."
-    return section(
-        "groups", "Groups", table(["Group", "Images", *(METRICS[name][0] for name in names)], rows, caption=caption)
-    )
+    return section("groups", "Groups", table(cells[0], cells[1:], caption=caption))
 
 
 # --- where it looked ------------------------------------------------------------------------------------------------
@@ -224,9 +239,9 @@ def examples(run: Run, data: Splits | None) -> Section | None:
     except UsageError as error:
         return section("examples", "Examples", tag("p", f"There are no pictures to show: {error}"))
     intro = (
-        f"Left: the image as the network sees it, at {run.plan.preprocess.size} px. Right: over it, the class activation "
-        "map (Zhou et al. 2016) of the predicted class. The brighter, the more evidence, compared with the rest of the "
-        "same image."
+        f"Left: the image as the network sees it, at {run.plan.preprocess.size} px. Right: over it, the class "
+        "activation map (Zhou et al. 2016) of the predicted class. The brighter, the more evidence, "
+        "compared with the rest of the same image."
     )
     kinds = (
         ("Most confident mistakes", found.wrong, "There are none: every image is classified correctly."),

@@ -48,20 +48,20 @@ def find_examples(run: Run, data: Splits | None) -> Examples:
     if isinstance(run.saved, UsageError):
         raise run.saved
     model = to_model(run.saved)
-    places = _places(data or open_data(str(run.start["data"]), classes=run.plan.classes))
+    places = _places(data or open_data(str(run.start["data"]), classes=run.plan.classes, **run.cut))
     unreadable: list[tuple[str, str]] = []
 
     def shown(rows: Iterable[Judged]) -> Iterator[Example]:
         for row in rows:
+            if row.id not in places:
+                unreadable.append((row.id, "it is not in the data any more"))
+                continue
             try:
-                yield _example(model, row, places)
+                yield _example(model, row, *places[row.id])
             except ImageError as error:
                 unreadable.append((row.id, error.reason))
-            except KeyError:
-                unreadable.append((row.id, "it is not in the data any more"))
 
-    kinds = [tuple(shown(rows)) for rows in chosen(run.predictions)]
-    wrong, unsure, correct = kinds
+    wrong, unsure, correct = (tuple(shown(rows)) for rows in chosen(run.predictions))
     return Examples(wrong=wrong, unsure=unsure, correct=correct, unreadable=tuple(unreadable))
 
 
@@ -84,9 +84,8 @@ def _places(data: Splits) -> dict[str, tuple[Source, int]]:
     return {name: (part, index) for part in data.parts().values() for index, name in enumerate(part.ids)}
 
 
-def _example(model: Model, row: Judged, places: dict[str, tuple[Source, int]]) -> Example:
-    """`KeyError` for an image that is not among `places`, `ImageError` for one that cannot be decoded."""
-    source, index = places[row.id]
+def _example(model: Model, row: Judged, source: Source, index: int) -> Example:
+    """`ImageError` when the image cannot be decoded."""
     image = source.image(index)
     view = prepare(image, model.preprocess)
     return Example(judged=row, view=view, evidence=overlay(view, explain(model, image, target=row.predicted).map))

@@ -9,19 +9,21 @@ Metrics are those of `eval.json`, to the last digit: each stands in a `<data>` e
 
 import os
 import shlex
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from effnet import checkpoint, figures, recipes, verdict
+from effnet import checkpoint, recipes
 from effnet.cost import cost, stage_rows
-from effnet.markup import Child, Html, Section, facts, figure, folded, join, listed, page, section, table, tag
 from effnet.plan import PlanRow
 from effnet.recipes import Recipe
+from effnet.report import figures, verdict
+from effnet.report.markup import Child, Html, Section, facts, figure, folded, join, listed, page, section, table, tag
+from effnet.report.verdict import bounds, exact, level
 from effnet.runs import Run, read_run
 from effnet.samples import Splits
 from effnet.value import UsageError
-from effnet.verdict import bounds, exact
 from effnet.words import METRICS, duration, in_bytes, percent, short
 
 HEADLINES = ("weighted_accuracy", "accuracy", "auroc", "macro_f1", "top5", "ece")  # the first four that there are
@@ -108,18 +110,14 @@ def _warnings(run: Run) -> list[Html]:
     found = []
     done, planned = len(run.history.steps["step"]), sum(row.steps for row in run.plan.rows)
     if run.history.ending is None or run.history.ending == "stop":
-        resume = f"{_train_command(run)} --resume"
-        text = (f"Training has done {done} of {planned} steps and was not finished. To go on: ", tag("code", resume))
-        found.append(tag("div", tag("p", *text), class_="callout"))
+        text = f"Training did {done} of {planned} steps and was not finished: give its command again with --resume."
+        found.append(tag("div", tag("p", text), class_="callout"))
     if run.evaluation is None:
-        of = (
-            "are those of the validation images, which also chose the best epoch"
-            if run.metrics
-            else "are not there yet"
-        )
-        commands = "\n".join(_evaluation_commands(run))
-        text = (tag("b", "Not evaluated on test images."), f" The numbers here {of}. To evaluate:")
-        found.append(tag("div", tag("p", *text), tag("pre", tag("code", commands)), class_="callout"))
+        numbers = "The numbers here are those of the validation images, which also chose the best epoch."
+        text = f" {numbers if run.metrics else 'There are no numbers yet.'} To evaluate:"
+        commands = tag("pre", tag("code", "\n".join(_evaluation_commands(run))))
+        told = tag("p", tag("b", "Not evaluated on test images."), text)
+        found.append(tag("div", told, commands, class_="callout"))
     for failure in dict.fromkeys(run.history.save_failures):
         found.append(tag("div", tag("p", f"A checkpoint was not saved: {failure}"), class_="callout"))
     return found
@@ -127,15 +125,18 @@ def _warnings(run: Run) -> list[Html]:
 
 def _tiles(run: Run) -> Html | None:
     """The headline metrics, large, with their intervals."""
-    intervals = run.evaluation.intervals if run.evaluation else {}
-    tiles = []
-    for name in [name for name in HEADLINES if run.metrics.get(name) is not None][:4]:
-        interval = intervals.get(name)
-        below = f"{interval.level:.0%} interval {bounds(name, interval)}" if interval else None
-        title = METRICS[name][0] if run.evaluation else f"{METRICS[name][0]} (validation)"
-        value = tag("dd", exact(name, run.metrics[name]), class_="value")
-        tiles.append(tag("div", tag("dt", title), value, tag("dd", below, class_="note") if below else None))
-    return tag("dl", *tiles, class_="tiles") if tiles else None
+    names = [name for name in HEADLINES if run.metrics.get(name) is not None][:4]
+    return tag("dl", *(_tile(run, name) for name in names), class_="tiles") if names else None
+
+
+def _tile(run: Run, name: str) -> Html:
+    title = METRICS[name][0] if run.evaluation else f"{METRICS[name][0]} (validation)"
+    found = [tag("dt", title), tag("dd", exact(name, run.metrics[name]), class_="value")]
+    interval = run.evaluation.intervals.get(name) if run.evaluation else None
+    if interval is not None:
+        words = (f"{level(interval)} interval", bounds(name, interval))
+        found.append(tag("dd", *(tag("span", word, class_="nowrap") for word in words), class_="note"))
+    return tag("div", *found)
 
 
 # --- how it was trained ---------------------------------------------------------------------------------------------
@@ -205,16 +206,18 @@ def _curves(run: Run) -> Section | None:
     history, todo = run.history, run.plan
     if not len(history.steps["step"]):
         return None
-    judged = next((name for name in HEADLINES if all(name in epoch["val"] for epoch in history.epochs)), "accuracy")
-    accuracy = METRICS[judged][0]
-    drawn = (
+    drawn = [
         ("Loss", "of each step (faint), its mean by epoch, and validation NLL.", figures.loss_curve(history, todo)),
-        (accuracy, "on validation images; the kept epoch is marked.", figures.accuracy_curve(history, todo, judged)),
         ("Learning rate", "of each step.", figures.rate_curve(history, todo)),
         ("Waiting for data", "as a share of the time of an epoch's steps.", figures.waiting_bars(history, todo)),
-    )
+    ]
+    numbers = None
+    if history.epochs:
+        judged = next(name for name in HEADLINES if name in history.epochs[0]["val"])
+        curve = figures.accuracy_curve(history, todo, judged)
+        drawn.insert(1, (METRICS[judged][0], "on validation images; the kept epoch is marked.", curve))
+        numbers = folded("Numbers by epoch", _epoch_table(run, judged))
     multiples = (figure(picture, join([tag("b", title), " ", text])) for title, text, picture in drawn)
-    numbers = folded("Numbers by epoch", _epoch_table(run, judged)) if history.epochs else None
     return section("curves", "Learning curves", tag("div", *multiples, class_="multiples"), numbers)
 
 
@@ -244,7 +247,7 @@ def _data(run: Run) -> Section:
     pairs = [
         ("Name", str(run.start["data"])),
         ("Images", images),
-        (f"{len(classes)} classes", listed(classes)),
+        (f"{len(classes)} classes", listed(classes, 15)),
         ("Fingerprint of the training part", tag("code", str(run.start["fingerprint"]))),
     ]
     note = tag("p", str(run.start["note"])) if run.start["note"] else None
@@ -266,8 +269,8 @@ def _network(run: Run) -> Section:
     """The stage table of a paper, with what each stage costs."""
     size = run.plan.preprocess.size
     stages = stage_rows(run.plan.network, size)
-    total = {key: sum(row[key] for row in stages) for key in ("params", "macs")}
-    rows = [
+    totals = {key: sum(row[key] for row in stages) for key in ("params", "macs")}
+    rows: list[list[Child]] = [
         [
             row["name"],
             row["op"],
@@ -276,20 +279,21 @@ def _network(run: Run) -> Section:
             f"{row['in_channels']} → {row['out_channels']}",
             row["repeats"],
             f"{row['out_size']} px",
-            *(join([f"{row[key]:,}", _bar(row[key] / total[key])]) for key in ("params", "macs")),
+            *(_with_bar(row[key], total) for key, total in totals.items()),
         ]
         for row in stages
     ]
-    rows.append(
-        ["All", *[None] * 4, sum(row["repeats"] for row in stages), None, *(f"{total[key]:,}" for key in total)]
-    )
+    layers = sum(row["repeats"] for row in stages)
+    rows.append(["All", *[None] * 4, layers, None, *(_with_bar(total, total) for total in totals.values())])
     columns = ["Stage", "Operator", "Kernel", "Stride", "Channels", "Layers", "Output", "Parameters", "MACs"]
     caption = f"{run.plan.network.name} at {size} px, cost of one image. 1 MAC is 2 FLOPs."
-    return section("network", "Network", table(columns, rows, caption=caption, words=(1,), mark=len(rows) - 1))
+    return section("network", "Network", table(columns, rows, caption=caption, words=(1,), mark=len(stages)))
 
 
-def _bar(share: float) -> Html:
-    return tag("span", class_="bar", style=f"--share: {share:.1%}", aria_hidden="true")
+def _with_bar(count: int, total: int) -> Html:
+    """A number, and its share of the total to be seen at a glance."""
+    bar = tag("span", class_="bar", style=f"--share: {count / total:.1%}", aria_hidden="true")
+    return join([f"{count:,}", bar])
 
 
 def _environment(run: Run) -> Section:
@@ -304,7 +308,7 @@ def _reproduce(run: Run) -> Section:
     """The commands, and what they do not say."""
     commands = "\n".join([_train_command(run), *_evaluation_commands(run)])
     text = (
-        "Add --pretrained as it was used. Order of images, augmentation and dropout are functions of the seed "
+        "Order of images, augmentation and dropout are functions of the seed "
         f"({run.recipe.seed}): with the same versions on the same kind of machine, the run repeats. "
         "plan.json and recipe.json in the run folder say all of it."
     )
@@ -339,17 +343,42 @@ def _word(value: Any) -> str:
 def _train_command(run: Run) -> str:
     words = ["effnet", "train", str(run.start["data"]), "--model", run.plan.network.name]
     words += ["--recipe", run.recipe.name] if run.recipe.name in recipes.RECIPES else []
+    words += ["--pretrained-from", weights] if (weights := run.start.get("weights")) else []
     for name, text in settings(run.recipe).items():
         words += ["--set", f"{name}={text}"]
-    return shlex.join([*words, "--out", str(run.folder)])
+    for name, value in run.cut.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shell([*words, "--out", str(run.folder)])
 
 
 def _evaluation_commands(run: Run) -> list[str]:
     folder = str(run.folder)
     return [
-        shlex.join(["effnet", "eval", folder, str(run.start["data"]), "--split", "test"]),
-        shlex.join(["effnet", "report", folder]),
+        shell(["effnet", "eval", folder, str(run.start["data"]), "--split", "test"]),
+        shell(["effnet", "report", folder]),
     ]
+
+
+def shell(words: Sequence[str], width: int = 96) -> str:
+    """A command as it is typed: quoted where a shell needs it, and broken before options when it is long.
+
+    >>> print(shell(["effnet", "train", "my photos", "--set", "lr=0.01", "--out", "runs/a"], width=40))
+    effnet train 'my photos' --set lr=0.01 \\
+        --out runs/a
+    """
+    parts: list[str] = []
+    for word in map(shlex.quote, words):
+        if word.startswith("--") or not parts:
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) + 3 <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"    {part}")
+    return " \\\n".join(lines)
 
 
 def _footer() -> Html:

@@ -12,18 +12,18 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from effnet.evaluate import Evaluation
-from effnet.markup import Html, tag
 from effnet.plan import Plan
+from effnet.report.markup import Html, tag
 from effnet.runs import History
 from effnet.words import percent
 
@@ -48,8 +48,7 @@ def svg(figure: Figure, label: str, name: str) -> Html:
     """`figure` as an inline SVG element called `label` by screen readers. `name`: unique within the page."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "effnet"}):  # text as text; the same ids always
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(text, format="svg", transparent=True)
     found = re.search(r'viewBox="([^"]+)"[^>]*>(.*)</svg>', text.getvalue(), re.DOTALL)
     assert found is not None, "matplotlib wrote no SVG"
     box, content = found.groups()
@@ -64,7 +63,7 @@ def svg(figure: Figure, label: str, name: str) -> Html:
     return tag("svg", Html(re.sub(r"\s*\n\s*", " ", content)), viewBox=box, role="img", aria_label=label)
 
 
-def picture(image: np.ndarray, alt: str, *, px: int | None = None, **attributes: str) -> Html:
+def picture(image: np.ndarray, alt: str, *, px: int | None = None, class_: str | None = None) -> Html:
     """An image inside the page: a JPEG of uint8 (H, W, 3), at most `px` a side; a PNG of uint8 (H, W, 4)."""
     made, data = Image.fromarray(image), io.BytesIO()
     if px is not None:
@@ -72,7 +71,7 @@ def picture(image: np.ndarray, alt: str, *, px: int | None = None, **attributes:
     kind = "jpeg" if image.shape[2] == 3 else "png"
     made.save(data, format=kind, **({"quality": 82, "optimize": True} if kind == "jpeg" else {}))
     uri = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
-    return tag("img", src=uri, alt=alt, width=made.width, height=made.height, **attributes)
+    return tag("img", src=uri, alt=alt, width=made.width, height=made.height, class_=class_)
 
 
 def style(axes: Axes) -> None:
@@ -89,6 +88,15 @@ def style(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
 
 
+def in_percent(share: float, _: object = None) -> str:
+    """A share of 1 as a tick label: no more digits than it has.
+
+    >>> in_percent(0.9), in_percent(0.025)
+    ('90 %', '2.5 %')
+    """
+    return f"{100 * share:g} %"
+
+
 # --- learning curves ------------------------------------------------------------------------------------------------
 
 
@@ -101,8 +109,8 @@ def loss_curve(history: History, todo: Plan) -> Html:
     if ends:
         training = [epoch["train_loss"] for epoch in history.epochs]
         validation = [epoch["val"]["nll"] for epoch in history.epochs]
-        axes.plot(ends, training, color=INK, linewidth=1.5, marker=_marker(ends), markersize=3.5)
-        axes.plot(ends, validation, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5)
+        axes.plot(ends, training, color=INK, linewidth=1.5, marker=_marker(ends), markersize=3.5, clip_on=False)
+        axes.plot(ends, validation, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5, clip_on=False)
         _name_ends(axes, {"training": (training[-1], INK), "validation": (validation[-1], ACCENT)})
         label = (
             f"Loss by epoch. Training: from {training[0]:.3f} to {training[-1]:.3f}. "
@@ -114,30 +122,18 @@ def loss_curve(history: History, todo: Plan) -> Html:
 def accuracy_curve(history: History, todo: Plan, metric: str) -> Html:
     """`metric`, a share, of the validation images after each epoch; the epoch that was kept is marked."""
     figure, axes = _over_epochs(history, todo)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(in_percent)
     ends = [epoch["epoch"] + 1 for epoch in history.epochs]
     values = [epoch["val"][metric] for epoch in history.epochs]
-    axes.plot(ends, values, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5)
-    label = "Validation accuracy: no epoch was finished."
-    best = history.best
-    if best is not None:
-        at, value = best["epoch"] + 1, best["val"][metric]
-        axes.plot([at], [value], color=ACCENT, marker="o", markersize=8)
-        axes.annotate(
-            percent(value),
-            (at, value),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            color=ACCENT,
-            fontsize=FONT_PX,
-            fontweight="bold",
-        )
+    axes.plot(ends, values, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5, clip_on=False)
+    label = f"Validation accuracy by epoch: from {percent(values[0])} to {percent(values[-1])}"
+    if history.best is not None:
+        at, value = history.best["epoch"] + 1, history.best["val"][metric]
+        axes.plot([at], [value], color=ACCENT, marker="o", markersize=8, clip_on=False)
+        place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(percent(value), (at, value), color=ACCENT, fontsize=FONT_PX, fontweight="bold", **place)
         axes.margins(y=0.16)
-        label = (
-            f"Validation accuracy by epoch: from {percent(values[0])} to {percent(values[-1])}, "
-            f"at best {percent(value)} in epoch {at}."
-        )
+        label += f", at best {percent(value)} in epoch {at}"
     return svg(figure, label, "accuracy")
 
 
@@ -147,7 +143,7 @@ def rate_curve(history: History, todo: Plan) -> Html:
     rates = history.steps["lr"]
     axes.plot(*_thinned(_progress(history, todo), rates), color=INK, linewidth=1.5)
     axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=False)
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # no power of ten to be read in a corner
     label = (
         f"Learning rate by epoch: at most {rates.max():.2g}, {rates[-1]:.2g} at the end." if len(rates) else "No steps."
     )
@@ -161,7 +157,7 @@ def waiting_bars(history: History, todo: Plan) -> Html:
     shares = np.array([history.wait_share(int(epoch)) for epoch in epochs])
     axes.bar(epochs + 0.5, shares, width=0.72, color=SOFT)
     axes.set_ylim(0, max(0.1, 1.15 * shares.max(initial=0)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    axes.yaxis.set_major_formatter(in_percent)
     label = f"Share of step time spent waiting for images: {history.wait_share():.1%} over the whole run."
     return svg(figure, label, "waiting")
 
@@ -235,14 +231,14 @@ def reliability_diagram(evaluation: Evaluation) -> Html:
     for part in (axes, counts):
         style(part)
         part.set_xlim(0, 1)
-        part.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
-        part.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+        part.xaxis.set_major_formatter(in_percent)
+        part.yaxis.set_major_formatter(in_percent)
     axes.bar(middle, [row.accuracy or 0.0 for row in bins], width=width, color=ACCENT, alpha=0.75)
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(0, 1)
     axes.set_ylabel("correct")
     counts.bar(middle, [row.images / evaluation.images for row in bins], width=width, color=SOFT)
-    counts.yaxis.set_major_locator(MaxNLocator(nbins=2))
+    counts.yaxis.set_major_locator(MaxNLocator(nbins=2, prune="lower"))
     counts.set_ylabel("images")
     counts.set_xlabel("confidence in the predicted class")
     label = "Reliability diagram. " + " ".join(
