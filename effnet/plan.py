@@ -19,6 +19,7 @@ from torch import nn
 
 from effnet.cost import cost, training_bytes
 from effnet.network import Model
+from effnet.optim import set_learning
 from effnet.recipes import Phase, Precision, Recipe, phases
 from effnet.spec import Network, Preprocess
 from effnet.value import UsageError, Value
@@ -92,6 +93,7 @@ def plan(
     schedule = phases(recipe, network)
     batch = min(recipe.batch, train_images)
     probe = copy.deepcopy(model).to(device).train()
+    set_learning(probe, freeze=recipe.freeze)
     precision = recipe.precision
     if precision == "auto":
         precision = quickest_precision(probe, schedule[-1].size_px, batch, device)

@@ -28,7 +28,7 @@ from effnet import augment, checkpoint, data
 from effnet.evaluate import evaluate
 from effnet.images import normalise
 from effnet.network import Model, replace_head
-from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors
+from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors, set_learning
 from effnet.plan import Plan, check_disk, environment, plan, precision_context, steps_per_epoch
 from effnet.recipes import Phase, Recipe
 from effnet.samples import Splits
@@ -168,6 +168,10 @@ def _started(splits: Splits, model: Model, recipe: Recipe, out: Path, device: st
 
 def _fresh_state(model: Model, todo: Plan, device: str) -> State:
     model.network = todo.network.replace(preprocess=todo.preprocess, resolution=todo.preprocess.size)
+    if todo.recipe.norm_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = todo.recipe.norm_momentum
     model = model.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     average = Average(model, todo.recipe.ema) if todo.recipe.ema else None
     return State(model=model, average=average, optimizer=optimizer(model, todo.recipe))
@@ -250,7 +254,7 @@ def _epoch(
     recipe, phase = todo.recipe, place.phase
     balance = splits.train.balance() if recipe.balance else np.ones(len(splits.classes), np.float32)
     class_weights = torch.from_numpy(balance).to(device)
-    _prepare(state, phase)
+    _prepare(state, phase, recipe.freeze)
     source = data.batches(
         splits.train,
         size_px=phase.size_px,
@@ -293,10 +297,9 @@ def _epoch(
         clock = time.perf_counter()
 
 
-def _prepare(state: State, phase: Phase) -> None:
+def _prepare(state: State, phase: Phase, freeze: int) -> None:
     """Sets what a phase decides: what learns, dropout, drop path; batch norm is frozen while the head learns alone."""
-    state.model.requires_grad_(not phase.head_only)
-    state.model.classifier.requires_grad_(True)
+    set_learning(state.model, freeze=freeze, head_only=phase.head_only)
     state.model.set_regularisation(dropout=phase.dropout, drop_path=phase.drop_path)
     state.model.train(not phase.head_only)
 

@@ -220,6 +220,12 @@ def test_wrong_options_are_refused_before_the_first_batch():
             batches(raw(4), **{"size_px": 8, "batch": 2, "preprocess": PREPROCESS, "train": True} | options)
 
 
+def test_workers_by_default_leave_half_the_cores_to_the_step(monkeypatch):
+    for cores, world, expected in ((1, 1, 1), (2, 1, 1), (4, 1, 2), (16, 1, 8), (64, 1, 8), (16, 4, 2), (2, 4, 1)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert data.default_workers(world) == expected
+
+
 def test_threads_stop_when_the_reader_does(source):
     reading = batches(source, size_px=16, batch=2, preprocess=PREPROCESS, train=True, workers=2)
     next(reading)

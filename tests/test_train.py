@@ -262,3 +262,29 @@ def test_recipes_that_never_crop_are_judged_on_the_whole_image() -> None:
     assert (whole.method, whole.size, whole.resize) == ("squash", 16, 16)
     cropped = run_preprocess(NETWORK, RECIPE.replace(crop="inception", eval_px=20, schedule=Schedule(kind="linear")))
     assert (cropped.method, cropped.size) == ("resize_crop", 20)
+
+
+def test_frozen_stages_keep_their_weights_and_the_rest_learns(tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in fresh_model().state_dict().items()}
+    events(tmp_path, RECIPE.replace(epochs=1, stages=1, freeze=1))
+    after = tensors(tmp_path)
+    weights = [name for name, tensor in before.items() if tensor.ndim == 4]
+    kept = {name for name in weights if torch.equal(before[name], after[name])}
+    assert kept == {name for name in weights if name.startswith(("stem.", "stages.0."))}
+
+
+def test_freezing_more_stages_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="recipe freeze is 3, but tiny has 2 stages"):
+        events(tmp_path / "run", RECIPE.replace(freeze=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_follows_the_momentum_of_the_recipe(tmp_path: Path) -> None:
+    """After one step from zero the running mean is the momentum times the mean of the batch."""
+    means = {}
+    for momentum in (0.05, 0.5):
+        recipe = RECIPE.replace(norm_momentum=momentum, ema=0.0, epochs=1, stages=1, batch=36, mixup=(0, 0))
+        events(tmp_path / str(momentum), recipe)
+        means[momentum] = tensors(tmp_path / str(momentum))["stem.norm.running_mean"]
+    assert means[0.05].abs().max() > 0
+    assert torch.allclose(10 * means[0.05], means[0.5])
