@@ -198,8 +198,7 @@ def phases(recipe: Recipe, network: Network) -> tuple[Phase, ...]:
 FINETUNE = Recipe(
     name="finetune",
     epochs=15,
-    head_epochs=1,
-    lr=5e-4,
+    lr=1e-3,
     warmup=1,
     norm_momentum=0.1,
     weight_decay=1e-2,
@@ -216,7 +215,9 @@ RECIPES = {
     for recipe in (
         FINETUNE,
         # images without an up: solar cells, tiles, wafers, microscopy. The whole image is kept, in all eight turns.
-        FINETUNE.replace(name="inspection", crop="dihedral", magnitude=(0, 0), label_smoothing=0.0),
+        FINETUNE.replace(
+            name="inspection", crop="dihedral", magnitude=(0, 0), label_smoothing=0.0, dropout=(0, 0), drop_path=(0, 0)
+        ),
         # small data from random weights: RMSProp as in the papers, at a rate for small batches
         Recipe(
             name="scratch",
