@@ -215,9 +215,7 @@ RECIPES = {
     for recipe in (
         FINETUNE,
         # images without an up: solar cells, tiles, wafers, microscopy. The whole image is kept, in all eight turns.
-        FINETUNE.replace(
-            name="inspection", crop="dihedral", magnitude=(0, 0), label_smoothing=0.0, dropout=(0, 0), drop_path=(0, 0)
-        ),
+        FINETUNE.replace(name="inspection", crop="dihedral", magnitude=(0, 0), label_smoothing=0.0),
         # small data from random weights: RMSProp as in the papers, at a rate for small batches
         Recipe(
             name="scratch",
@@ -276,14 +274,14 @@ def _parse(value: Value, name: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if kind in (int, float) or int in options or float in options:
-            return float(text) if float in options else int(text)
         pair = next((o for o in options if o in (tuple[int, int], tuple[float, float])), None)
         if pair is not None:
-            number = get_args(pair)[0]
-            parts = [number(part) for part in text.split(",")]
+            parts = [get_args(pair)[0](part) for part in text.split(",")]
             first, last = parts if len(parts) == 2 else parts * 2
             return (first, last)
+        number = next((o for o in options if o in (int, float)), None)
+        if number is not None:
+            return number(text)
     except (ValueError, KeyError):
         raise UsageError(f"recipe field {name} cannot be set to {text!r}: it takes {_describe(kind)}.") from None
     return text
