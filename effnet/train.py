@@ -126,6 +126,9 @@ def training(
     yield log(_start_event(splits, todo, state, device, weights))
     with _signals() as stop:
         for place in _places(todo, state.step):
+            if recipe.patience and state.since_best >= recipe.patience:
+                yield log({"event": "early_stop", "step": state.step, "patience": recipe.patience})
+                break
             yield from map(log, _phase_events(todo, state, place))
             yield from map(log, _epoch(splits, todo, state, place, stop, device, workers))
             finished = state.step % steps_per_epoch(todo.train_images, recipe.batch) == 0
@@ -136,9 +139,6 @@ def training(
                     _save(out, todo, state, splits)
                 yield log({"event": "stop", "step": state.step, "signal": stop[0]})
                 raise Interrupted(stop[0], out)
-            if recipe.patience and state.since_best >= recipe.patience:
-                yield log({"event": "early_stop", "epoch": place.epoch, "patience": recipe.patience})
-                break
     seconds = round(time.perf_counter() - started, 2)
     kept = checkpoint.load(out / "best.safetensors")
     yield log({"event": "end", "best_epoch": state.best_epoch, "metrics": dict(kept.metrics), "seconds": seconds})
@@ -214,7 +214,7 @@ def _keep_log(path: Path, step: int) -> None:
             event = json.loads(line)
         except json.JSONDecodeError:  # torn by a kill
             break
-        if event.get("step", 0) > step or (event["event"] == "phase" and event["step"] == step):
+        if event.get("step", 0) > step or (event["event"] in ("phase", "early_stop") and event["step"] == step):
             break
         kept.append(line + "\n")
     path.write_text("".join(kept))

@@ -1,6 +1,7 @@
 """The arrows of docs/system-map.md, held by force: imports point down only, and the facts need no torch."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ DOOR = ["arguments", "display", "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 
 
+@functools.cache
 def _modules() -> dict[str, list[ast.Module]]:
     """The parsed files of each module; a package counts as one."""
     found: dict[str, list[ast.Module]] = {}

@@ -159,6 +159,8 @@ def test_early_stopping_ends_the_run(tmp_path: Path) -> None:
     kinds = [event["event"] for event in events(tmp_path, recipe)]
     assert kinds.count("epoch") < 30
     assert kinds[-2:] == ["early_stop", "end"]
+    again = [event["event"] for event in events(tmp_path, recipe, resume=True)]
+    assert again == ["start", "early_stop", "end"]  # a run that has ended stays ended
 
 
 def test_a_run_folder_is_never_overwritten(whole_run: Path) -> None:
