@@ -237,7 +237,10 @@ def multiply(
         return part.replace(width=rounding.width(part.width, factor)) if part.width else part
 
     stages = tuple(
-        widened(stage, width).replace(repeats=rounding.repeats(stage.repeats, depth if stage.deepen else 1.0))
+        stage.replace(
+            width=rounding.width(stage.width, width),
+            repeats=rounding.repeats(stage.repeats, depth if stage.deepen else 1.0),
+        )
         for stage in network.stages
     )
     resolution = resolution or network.resolution

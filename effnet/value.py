@@ -45,10 +45,13 @@ class Value:
 
     def replace(self, **changes: Any) -> Self:
         """A changed copy; the original stays true."""
-        known = {f.name for f in dataclasses.fields(self)}  # ty: ignore[invalid-argument-type]
-        for name in changes:
-            check_choice(f"{type(self).__name__} field", name, known)
-        return dataclasses.replace(self, **changes)  # ty: ignore[invalid-argument-type]
+        try:
+            return dataclasses.replace(self, **changes)  # ty: ignore[invalid-argument-type]
+        except TypeError:
+            known = [f.name for f in dataclasses.fields(self)]  # ty: ignore[invalid-argument-type]
+            for name in changes:
+                check_choice(f"{type(self).__name__} field", name, known)
+            raise
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
