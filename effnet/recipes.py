@@ -281,7 +281,7 @@ def _parse(value: Value, name: str, text: str) -> Any:
             return (first, last)
         number = next((o for o in options if o in (int, float)), None)
         if number is not None:
-            return number(text)
+            return float(text) if number is float else int(text)
     except (ValueError, KeyError):
         raise UsageError(f"recipe field {name} cannot be set to {text!r}: it takes {_describe(kind)}.") from None
     return text
