@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from effnet.network import Model, build, checked_labels
-from effnet.spec import Network, Preprocess, UsageError
+from effnet.spec import Network, Preprocess
+from effnet.value import UsageError
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from effnet.checkpoint import refuse_mismatch, some
 from effnet.families import PYTORCH_NORM
-from effnet.spec import Conv, Network, Unit, UsageError, check_choice, resolve
+from effnet.spec import Conv, Network, Unit, resolve
+from effnet.value import UsageError, check_choice
 from effnet.weight_files import Array, read_foreign, write_foreign  # noqa: F401  (this module is the door to both)
 
 DIALECTS = ("effnet", "timm", "torchvision", "lukemelas", "tf")

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from effnet.checkpoint import write_atomically
-from effnet.images import normalise, prepare
+from effnet.images import LONGEST, normalise, prepare
 from effnet.network import Model
 from effnet.predict import evaluating, label_names
 from effnet.spec import Network, Preprocess, resolve
@@ -35,7 +35,6 @@ from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
 METHODS = {"cam": "CAM", "gradcam": "Grad-CAM"}  # as they are written in captions
 COLOURS = "inferno"  # perceptually uniform, and dark where there is no evidence
-LONGEST = 8  # `prepare` keeps the middle of strips whose sides differ more than that
 BOX_THRESHOLD = 0.2  # of the maximum; Zhou et al. 2016, section 3.2
 
 

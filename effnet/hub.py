@@ -15,7 +15,8 @@ from effnet.checkpoint import Checkpoint
 from effnet.cost import cost
 from effnet.dialects import from_effnet, native, read_foreign, recognise, to_effnet, write_foreign
 from effnet.network import Model
-from effnet.spec import Network, Preprocess, UsageError
+from effnet.spec import Network, Preprocess
+from effnet.value import UsageError
 
 Fetch = Callable[[str], Path | None]  # the name of a file in the folder -> where it is, None if the folder has none
 

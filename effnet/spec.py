@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from effnet.value import UsageError, Value, check_choice, check_range, nearest, whole  # noqa: F401
+from effnet.value import UsageError, Value, check_choice, check_range, whole
 
 Activation = Literal["silu", "relu6", "relu"]
 Padding = Literal["same", "symmetric"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from effnet.checkpoint import is_pickle, read_header, some, write_atomically
-from effnet.spec import UsageError, check_choice
+from effnet.value import UsageError, check_choice
 
 Array = Tensor | np.ndarray  # numpy only under TensorFlow's names
 

@@ -30,7 +30,8 @@ from effnet.dialects import native, read_foreign, recognise, to_effnet
 from effnet.families import Weights
 from effnet.hub import fetch_weights, in_folder, on_hub, read_hub, save_hub  # noqa: F401  (`save_hub`: the way back)
 from effnet.network import FeatureExtractor, Model, build
-from effnet.spec import Network, UsageError, nearest
+from effnet.spec import Network
+from effnet.value import UsageError, nearest
 from effnet.weight_files import SUFFIXES, Array
 
 HUB, LOCAL = ("hf-hub:", "hf_hub:"), ("local-dir:",)

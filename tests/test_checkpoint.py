@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from effnet import checkpoint
 from effnet.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
 from effnet.network import Model, build
-from effnet.spec import Head, Network, Preprocess, Stage, Stem, UsageError
+from effnet.spec import Head, Network, Preprocess, Stage, Stem
+from effnet.value import UsageError
 
 NETWORK = Network(
     name="tiny",

@@ -16,7 +16,8 @@ from torch import Tensor
 from effnet import dialects, families
 from effnet.dialects import DIALECTS, from_effnet, key_map, native, read_foreign, recognise, shapes, to_effnet
 from effnet.network import build
-from effnet.spec import Network, UsageError
+from effnet.spec import Network
+from effnet.value import UsageError
 from effnet.weight_files import write_foreign
 
 from .conftest import need

@@ -18,7 +18,8 @@ from effnet import checkpoint, families
 from effnet.dialects import from_effnet, native
 from effnet.hub import save_hub, timm_network
 from effnet.network import FeatureExtractor, Model, build
-from effnet.spec import Network, Norm, UsageError
+from effnet.spec import Network, Norm
+from effnet.value import UsageError
 from effnet.weight_files import write_foreign
 from effnet.zoo import create_model, imagenet_labels, list_models, load_model
 
