@@ -13,8 +13,8 @@ What is counted
 - training_bytes: an estimate, `training_bytes()` says of what.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from effnet.spec import Conv, Network, Stage, Unit, block, head_units, resolve, stem_unit
@@ -97,7 +97,7 @@ def cost(network: Network, size: int | None = None, batch: int = 1) -> Cost:
         name: sum(getattr(row, name) for row in rows)
         for name in ("params", "norm_statistics", "macs", "activations", "saved_elements")
     }
-    total["saved_elements"] += _at_the_ends(network, size, units[-2])
+    total["saved_elements"] += _at_the_ends(network, size, units[-2], _rectified(units[-2], network))
     return Cost(
         network=network.name,
         size=size,
@@ -131,6 +131,15 @@ def costs(
     norm_statistics, macs, activations, saved_elements, weight_bytes, training_bytes. Exact: the same unit functions and
     rounding as `cost`. `UsageError` for factors that are not positive and finite, or a resolution below the stride.
     """
+    width, depth, size = scalings(network, width, depth, resolution)
+    totals = _totals(network, width.ravel(), depth.ravel(), size.ravel())
+    totals["weight_bytes"] = _weight_bytes(totals)
+    totals["training_bytes"] = training_bytes(totals, batch)
+    return {name: value.astype(int).reshape(width.shape) for name, value in totals.items()}
+
+
+def scalings(network: Network, width: Any, depth: Any, resolution: Any) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+    """Factors and sizes of many candidates, broadcast against each other and checked as `costs` says."""
     import numpy as np  # here, so that who costs one network does not wait for it
 
     width, depth, size = np.broadcast_arrays(
@@ -143,14 +152,16 @@ def costs(
             raise UsageError(
                 f"{what} runs from {values.min():g} to {values.max():g}; it must be at least {low:g} everywhere."
             )
-    totals = _totals(network, np.atleast_1d(width), np.atleast_1d(depth), np.atleast_1d(size))
-    totals["weight_bytes"] = _weight_bytes(totals)
-    totals["training_bytes"] = training_bytes(totals, batch)
-    return {name: np.asarray(value, np.int64).reshape(width.shape) for name, value in totals.items()}
+    return width, depth, size
 
 
-def _totals(network: Network, width: "np.ndarray", depth: "np.ndarray", size: "np.ndarray") -> dict[str, Any]:
-    """Stage by stage: the first block, then the repeated one times the repeats that are left."""
+def candidates(
+    network: Network, width: "np.ndarray", depth: "np.ndarray", size: "np.ndarray"
+) -> Iterator[tuple[Unit, Any]]:
+    """The units of many scaled candidates (flat arrays, one entry each), in order, with how often each is there.
+
+    A stage is its first block, once, and the repeated one, `repeats - 1` times, which may be none.
+    """
     import numpy as np
 
     rounding, stem, head = network.rounding, network.stem, network.head
@@ -158,29 +169,35 @@ def _totals(network: Network, width: "np.ndarray", depth: "np.ndarray", size: "n
     def widened(channels: int, scales: bool) -> "np.ndarray":
         return rounding.width(np.full(size.shape, channels), width if scales else np.ones(size.shape))
 
-    totals: dict[str, Any] = dict.fromkeys(("params", "norm_statistics", "macs", "activations", "saved_elements"), 0)
-
-    def add(unit: Unit, rectified: Any, times: Any = 1) -> None:
-        for name, value in _counts(unit, network, rectified).items():
-            totals[name] = totals[name] + times * value
-
     unit = stem_unit(stem, size, widened(stem.width, stem.scale))
-    add(unit, False)
-    channels, rectified = unit.out_channels, _rectified(unit, network)
+    yield unit, 1
+    channels = unit.out_channels
     for stage in network.stages:
         out = widened(stage.width, True)
         repeats = rounding.repeats(stage.repeats, depth if stage.deepen else np.ones(size.shape))
         first = block(stage, channels, out, stage.stride, unit.out_size)
-        add(first, rectified)
+        yield first, 1
         unit = block(stage, out, out, 1, first.out_size)
-        add(unit, False, repeats - 1)  # what it reads matters only to a stride of 2
-        rectified = np.where(repeats > 1, _rectified(unit, network), _rectified(first, network))
+        yield unit, repeats - 1
         channels = out
-    trunk = replace(unit, shortcut=np.where(repeats > 1, unit.shortcut, first.shortcut))
-    *inner, last = head_units(head, channels, widened(head.width, head.scale) if head.width else 0, unit.out_size)
-    for one in (*inner, last):
-        add(one, False)
-    totals["saved_elements"] += _at_the_ends(network, size, inner[0] if inner else trunk)
+    for last in head_units(head, channels, widened(head.width, head.scale) if head.width else 0, unit.out_size):
+        yield last, 1
+
+
+def _totals(network: Network, width: "np.ndarray", depth: "np.ndarray", size: "np.ndarray") -> dict[str, Any]:
+    """Sums over the units. What a unit reads (`rectified`) is what the last unit before it left that is there."""
+    import numpy as np
+
+    totals: dict[str, Any] = dict.fromkeys(
+        ("params", "norm_statistics", "macs", "activations", "saved_elements"), np.zeros(size.shape, int)
+    )
+    last, rectified = None, 0
+    for unit, times in candidates(network, width, depth, size):
+        for name, value in _counts(unit, network, rectified).items():
+            totals[name] = totals[name] + times * value
+        if unit.op != "classifier":
+            last, rectified = unit, np.where(np.asarray(times) > 0, _rectified(unit, network), rectified)
+    totals["saved_elements"] += _at_the_ends(network, size, last, rectified)
     return totals
 
 
@@ -203,12 +220,12 @@ def _counts(unit: Unit, network: Network, rectified: Any) -> dict[str, Any]:
     """The counts of one unit; arrays in, arrays out. `rectified`: its input is what an in-place ReLU left."""
     params = norm_statistics = macs = activations = 0
     for conv in unit.convs:
-        present = _present(conv)
+        there = present(conv)
         weights = conv.kernel**2 * (conv.in_channels // conv.groups) * conv.out_channels
-        params += present * (weights + (2 * conv.norm + conv.bias) * conv.out_channels)
-        norm_statistics += present * 2 * conv.norm * conv.out_channels
-        macs += present * weights * conv.out_size**2
-        activations += present * conv.out_channels * conv.out_size**2
+        params += there * (weights + (2 * conv.norm + conv.bias) * conv.out_channels)
+        norm_statistics += there * 2 * conv.norm * conv.out_channels
+        macs += there * weights * conv.out_size**2
+        activations += there * conv.out_channels * conv.out_size**2
     return {
         "params": params,
         "norm_statistics": norm_statistics,
@@ -218,7 +235,7 @@ def _counts(unit: Unit, network: Network, rectified: Any) -> dict[str, Any]:
     }
 
 
-def _present(conv: Conv) -> Any:
+def present(conv: Conv) -> Any:
     """1, or for an array of candidates 0 where ResNet's projection is not needed because the identity fits."""
     if conv.name == "shortcut" and conv.stride == 1:
         return 1 * (conv.in_channels != conv.out_channels)
@@ -240,7 +257,7 @@ def _saved(unit: Unit, network: Network, rectified: Any) -> Any:
             total += conv.in_channels  # the means
         if conv.name == "linear":
             continue  # logits: the loss keeps them, not the network
-        elements = _present(conv) * conv.out_channels * conv.out_size**2
+        elements = present(conv) * conv.out_channels * conv.out_size**2
         total += elements * (conv.norm + (silu and conv.activation) + (conv.name != "shortcut"))
         if conv.name == "se.expand":
             total += conv.out_channels * unit.out_size**2  # the gated map, which the projection keeps
@@ -266,9 +283,9 @@ def _rectified(unit: Unit, network: Network) -> Any:
     return unit.convs[-1].activation * (1 - unit.shortcut)
 
 
-def _at_the_ends(network: Network, size: Any, last: Unit) -> Any:
+def _at_the_ends(network: Network, size: Any, last: Any, rectified: Any) -> Any:
     """What is kept of the images, less the last map: pooling keeps nothing of it unless a ReLU does."""
-    kept = (1 - _rectified(last, network)) * last.out_channels * last.out_size**2
+    kept = (1 - rectified) * last.out_channels * last.out_size**2
     return network.stem.in_channels * size * size - kept
 
 
