@@ -174,7 +174,7 @@ def candidates(
     channels = unit.out_channels
     for stage in network.stages:
         out = widened(stage.width, True)
-        repeats = rounding.repeats(stage.repeats, depth if stage.deepen else np.ones(size.shape))
+        repeats = rounding.repeats(stage.repeats, depth**stage.deepen)
         first = block(stage, channels, out, stage.stride, unit.out_size)
         yield first, 1
         unit = block(stage, out, out, 1, first.out_size)

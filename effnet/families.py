@@ -54,7 +54,7 @@ def cropped(
 
 
 def _stage(
-    op: Op, expand: float, kernel: int, stride: int, width: int, repeats: int, se: float = 0.0, deepen: bool = True
+    op: Op, expand: float, kernel: int, stride: int, width: int, repeats: int, se: float = 0.0, deepen: float = 1.0
 ) -> Stage:
     return Stage(op=op, expand=expand, kernel=kernel, stride=stride, width=width, repeats=repeats, se=se, deepen=deepen)
 
@@ -111,7 +111,9 @@ LITE0 = B0.replace(
     name="efficientnet_lite0",
     stem=B0.stem.replace(scale=False),
     head=B0.head.replace(scale=False),
-    stages=tuple(stage.replace(se=0.0, deepen=i not in (0, len(B0.stages) - 1)) for i, stage in enumerate(B0.stages)),
+    stages=tuple(
+        stage.replace(se=0.0, deepen=0.0 if i in (0, len(B0.stages) - 1) else 1.0) for i, stage in enumerate(B0.stages)
+    ),
     activation="relu6",
     preprocess=cropped(224, 0.875, "bicubic", LITE_MEAN, LITE_STD),
     source="released Lite code (tensorflow/tpu)",

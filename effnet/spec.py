@@ -146,7 +146,7 @@ class Stage(Value):
     kernel: int = 3
     expand: float = 1
     se: float = 0.0
-    deepen: bool = True  # False: depth scaling leaves it alone (first and last stage of Lite)
+    deepen: float = 1.0  # power of the depth factor that it follows; 0: never deepened (first and last stage of Lite)
 
     def __post_init__(self) -> None:
         check_choice("stage op", self.op, get_args(Op))
@@ -154,6 +154,8 @@ class Stage(Value):
         check_range("stage width", self.width, 1)
         check_range("stage expand", self.expand, 0.01)
         check_range("stage se", self.se, 0, 1)
+        check_range("stage deepen", self.deepen, 0, 10)
+        object.__setattr__(self, "deepen", float(self.deepen))  # true and false in files of the first version
         _check_window("stage", self.kernel, self.stride)
         if self.se and self.op not in ("mbconv", "fused"):
             raise UsageError(f"stage se is {self.se}, but {self.op} blocks have no squeeze-excite.")
@@ -226,7 +228,7 @@ def multiply(
 ) -> Network:
     """The network with every width times `width`, every stage's repeats times `depth`, at `resolution` px.
 
-    Rounded by the network's own `Rounding`; parts marked `scale=False` / `deepen=False` stay. `changes` sets other
+    Rounded by the network's own `Rounding`; parts marked `scale=False` / `deepen=0` stay. `changes` sets other
     fields (a new name, dropout ...). Source: official V1 code, efficientnet_builder.py; papers' scaling tables.
     """
     check_range("width factor", width, 1e-3, 1e3)
@@ -238,8 +240,7 @@ def multiply(
 
     stages = tuple(
         stage.replace(
-            width=rounding.width(stage.width, width),
-            repeats=rounding.repeats(stage.repeats, depth if stage.deepen else 1.0),
+            width=rounding.width(stage.width, width), repeats=rounding.repeats(stage.repeats, depth**stage.deepen)
         )
         for stage in network.stages
     )
