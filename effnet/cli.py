@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.exceptions import TyperException
 
-from effnet import arguments, display, families
+from effnet import arguments, display, families, published
 from effnet.arguments import (
     PATHS,
     SPLIT_SEED,
@@ -400,6 +400,79 @@ def explain(
         told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
         rows.append({"image": name, "truth": truth, "file": str(path), **told, "map": why.map.tolist()})
     _answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
+
+
+@app.command(epilog="Example: effnet bench efficientnet_b0 mobilenet_v2 --size 224 --precision bfloat16")
+def bench(
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help=arguments.MODEL)] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="B", help="eager or compiled; may be given twice. Default: eager.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    size: Annotated[int | None, typer.Option(min=1, help="Input size in px. Default: each network's own.")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16: of weights and images.")] = "float32",
+    fold: Annotated[bool, typer.Option("--fold", help="Fold batch norms into the convolutions first.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Each visits every model twice, in order and in reverse.")] = 10,
+    table: Annotated[bool, typer.Option("--table", help="Measure and keep this machine's latency table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Latency and throughput of models on this CPU, interleaved; every further one is compared with the first.
+
+    The weights are random: values do not change the time. With --table, the operators that networks are made of are
+    measured instead, once (2 to 4 minutes), so that the latency of any network can be predicted.
+    """
+    if table == bool(models):
+        raise UsageError("name models (MODEL...), or measure the table of this machine (--table): one of them.")
+    if table:
+        _bench_table(precision, threads, backend or [], as_json)
+        return
+    from effnet import bench as core
+
+    networks = [arguments.network(model) for model in models or ()]
+    with display.counting(display.console(stderr=as_json), "rounds") as progress:
+        found = core.bench(
+            networks, backends=backend or ["eager"], batch=batch, threads=threads, size=size, precision=precision,
+            fold=fold, rounds=rounds, progress=progress,
+        )  # fmt: skip
+    document = found.to_dict() | {"busy": found.busy, "verdicts": [str(one) for one in found.comparisons]}
+    _answer(document, as_json, lambda: display.show_bench(display.console(), found, batch))
+
+
+def _bench_table(precision: str, threads: int, backends: Sequence[str], as_json: bool) -> None:
+    from effnet.bench import save_table
+    from effnet.operators import build_table
+
+    if set(backends) - {"eager"}:
+        raise UsageError(f"latency tables are of the backend eager, not of {', '.join(backends)}.")
+    with display.counting(display.console(stderr=as_json), "measuring operators") as progress:
+        made = build_table(precision=precision, threads=threads, progress=progress)
+    path = save_table(made)
+    assert made.error is not None
+    document = {"file": str(path), "table": str(made), "error": made.error.to_dict(), "factors": made.factors}
+    _answer(document, as_json, lambda: display.show_table_made(display.console(), made, path))
+
+
+@app.command(epilog="Example: effnet plot pareto --x macs --out pareto.svg")
+def plot(
+    what: Annotated[Literal["pareto"], typer.Argument(metavar="WHAT", help="pareto: accuracy against cost.")],
+    x: Annotated[str, typer.Option("--x", help=f"The cost: {', '.join(published.AXES)}.")] = "params",
+    out: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf. Default: pareto_X.png.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of the latency table, for --x latency_ms.")] = 1,
+    precision: Annotated[str, typer.Option(help="Of the latency table.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Figures 1 and 5 of the EfficientNet paper again: published accuracy against our own counts, or latency here."""
+    from effnet import bench as core
+    from effnet import plots
+
+    table = core.table(precision=precision, threads=threads) if x == "latency_ms" else None
+    found, path = published.points(x, table), out or Path(f"{what}_{x}.png")
+    note = f"{table}; {table.error}" if table else ""
+    best = plots.pareto(found, x, path, note=note)
+    document: dict[str, Any] = {"file": str(path), "x": x, "note": note, "front": [point.name for point in best]}
+    document["points"] = [point.to_dict() for point in found]
+    _answer(document, as_json, lambda: display.show_pareto(display.console(), best, x, note, path))
 
 
 @app.command(epilog="Example: effnet report runs/photos")

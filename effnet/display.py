@@ -18,10 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from effnet.cost import Cost
+from effnet.latency import TARGET, LatencyTable
+from effnet.published import AXES, Point
 from effnet.spec import Network
 from effnet.words import duration, in_bytes, metric, percent, short
 
 if TYPE_CHECKING:
+    from effnet.bench import Measured
     from effnet.doctor import Diagnosis
     from effnet.evaluate import Evaluation
     from effnet.plan import Plan
@@ -232,6 +235,48 @@ def counting(out: Console, what: str) -> Generator[Callable[[int, int], None]]:
     with Progress(*columns, console=out, disable=not out.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# --- measurements ---------------------------------------------------------------------------------------------------
+
+
+def show_bench(out: Console, found: "Measured", batch: int) -> None:
+    """Latency percentiles with the interval of the median, throughput, verdicts, and how far to trust them."""
+    first = found.measurements[0].environment
+    title = f"batch {batch}, {first['precision']}, {first['threads']} threads, {first['processor']}"
+    made = table(title, ["model"], ["p50 ms", "95 % interval", "p95 ms", "p99 ms", "images/s", "calls"])
+    for row in found.measurements:
+        low, high = row.spread
+        cells = (f"{row.value:.3f}", f"{low:.3f} to {high:.3f}", f"{row.p95:.3f}", f"{row.p99:.3f}")
+        add(made, row.name, *cells, f"{1e3 * batch / row.value:.1f}", row.n)
+    out.print(made)
+    for comparison in found.comparisons:
+        out.print(escape(str(comparison)))
+    if found.others is not None:
+        out.print(f"other programs took {percent(found.others)} of the busy CPU time meanwhile", style="dim")
+    if found.busy:
+        out.print("The machine was busy: measure again on a quiet one before you quote these numbers.", style="yellow")
+
+
+def show_table_made(out: Console, made: LatencyTable, path: Path) -> None:
+    """What the table is of, how well it predicts, and where it is kept."""
+    out.print(escape(f"{made}: {sum(len(grid.ms) for grid in made.grids)} operators"))
+    out.print(str(made.error))
+    if made.error and made.error.others is not None:
+        out.print(f"other programs took {percent(made.error.others)} of the busy CPU time meanwhile", style="dim")
+    if made.error and made.error.median > TARGET:
+        out.print(f"That is more than {percent(TARGET)}: measure again on a quiet machine.", style="yellow")
+    show_path(out, path)
+
+
+def show_pareto(out: Console, best: Sequence[Point], x: str, note: str, path: Path) -> None:
+    """The networks on the Pareto front, and the file of the figure."""
+    made = table("Pareto front", ["network", "accuracy from"], [AXES[x], "top-1"])
+    for point in best:
+        add(made, point.name, point.source, short(point.x), f"{point.top1:.1f} %")
+    out.print(made)
+    show_note(out, note)
+    show_path(out, path)
 
 
 @dataclass(kw_only=True)

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "effnet"
 
 # Modules in order: each may import only what stands before it. Floors are separated by where torch may come in.
-FACTS = ["value", "words", "spec", "families", "cost", "scaling", "fitting", "recipes"]
+SCALING = ["scaling", "fitting", "coefficients"]
+FACTS = ["value", "words", "spec", "families", "cost", "latency", "published", *SCALING, "recipes"]
 MATTER = ["ops", "layers", "network", "checkpoint", "weight_files", "dialects", "hub", "images", "zoo", "augment"]
 SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
-MOTION = ["plan", "predict", "evaluate", "train", "explain", "doctor", "runs", "report"]
+MOTION = ["plan", "predict", "evaluate", "train", "explain", "doctor", "runs", "report", "bench", "operators", "plots"]
 DOOR = ["arguments", "display", "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 

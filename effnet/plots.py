@@ -1,0 +1,166 @@
+"""What do comparisons of networks look like? Figures from tables, readable in print and on a dark screen.
+
+The background is transparent and every colour a middle tone, so that a figure stands on white paper and on a dark page.
+Points carry their names; there is no legend to look up. Figures are objects, never made through pyplot.
+
+Source of the first figure: Figures 1 and 5 of Tan & Le 2019 (accuracy against parameters and multiply-adds).
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effnet.published import AXES, OTHERS, Point, front
+from effnet.value import UsageError
+from effnet.words import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#7d7d7d"  # contrast of about 4 to both white and black
+COLOURS = {
+    "EfficientNet": "#d1495b",
+    "EfficientNetV2": "#2f7fd1",
+    "EfficientNet Lite": "#2a9d6f",
+    "ResNet": "#9467bd",
+    "MobileNet": "#b8860b",
+    OTHERS: INK,
+}
+SUFFIXES = (".png", ".svg", ".pdf")
+FONT, SMALL = 10, 8
+
+# where a label may stand, in order: offset in points, and which of its corners or sides is there
+PLACES = (
+    (6, 0, "left", "center"), (-6, 0, "right", "center"), (0, 6, "center", "bottom"), (0, -6, "center", "top"),
+    (5, 5, "left", "bottom"), (5, -5, "left", "top"), (-5, 5, "right", "bottom"), (-5, -5, "right", "top"),
+    (0, 14, "center", "bottom"), (0, -14, "center", "top"), (14, -10, "left", "top"), (-14, 10, "right", "bottom"),
+)  # fmt: skip
+
+
+def pareto(found: Sequence[Point], axis: str, path: Path, *, note: str = "") -> list[Point]:
+    """Draws accuracy against cost on a logarithmic axis into `path` (.png, .svg, .pdf); returns the Pareto front.
+
+    Full points: cost computed by us; hollow ones: cost as printed in their source. The front is the broad band.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+    if not found:
+        raise UsageError("there are no points to draw.")
+    best = front(found)
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.set_xscale("log")
+    axes.set_xlabel(AXES[axis], color=INK)
+    axes.set_ylabel("ImageNet top-1 in %, as published", color=INK)
+    axes.set_title(_title(axis, note), color=INK, fontsize=FONT, loc="left")
+    axes.plot(
+        [point.x for point in best], [point.top1 for point in best],
+        color=INK, alpha=0.3, linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=1,
+    )  # fmt: skip
+    for family in dict.fromkeys(point.family for point in found):
+        _family(axes, family, [point for point in found if point.family == family])
+    axes.margins(x=0.12, y=0.08)
+    _numbers(axes)
+    _label(figure, axes, found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, transparent=True)
+    return best
+
+
+def _title(axis: str, note: str) -> str:
+    hollow = "" if axis in ("activations", "latency_ms") else "; hollow: cost as printed in the source"
+    return f"Accuracy against {AXES[axis]}. Band: Pareto front{hollow}" + (f"\n{note}" if note else "")
+
+
+def _figure() -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8.5, 6), layout="constrained")
+
+
+def _family(axes: "Axes", family: str, members: Sequence[Point]) -> None:
+    colour = COLOURS.get(family, INK)
+    members = sorted(members, key=lambda point: point.x)
+    x, y = [point.x for point in members], [point.top1 for point in members]
+    if family != OTHERS and len(members) > 1:
+        axes.plot(x, y, color=colour, linewidth=1.4, zorder=2)
+    filled = [colour if point.computed else "none" for point in members]
+    axes.scatter(x, y, s=26, facecolors=filled, edgecolors=colour, linewidths=1.2, zorder=3)
+
+
+def _numbers(axes: "Axes") -> None:
+    """Few ticks in readable numbers, faint lines to read values by, no frame."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(colors=INK, which="both", length=0)
+    axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _label(figure: "Figure", axes: "Axes", found: Sequence[Point]) -> None:
+    """A name at every point, where it covers neither a point nor another name; the last of a family says the family.
+
+    Greedy: the places around a point are tried in order, and the one that covers least is taken.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()  # fixes the layout, so that pixels mean something
+    taken: list[Any] = [_around(axes, (point.x, point.top1), 5) for point in found]
+    taken += [_around(axes, place, 1.5) for line in axes.lines[1:] for place in _along(line.get_xydata())]
+    frame = axes.get_window_extent(renderer)
+    last = {
+        family: max((p for p in found if p.family == family), key=lambda p: p.x)
+        for family in COLOURS
+        if any(p.family == family for p in found)
+    }
+    for point in sorted(found, key=lambda point: (last.get(point.family) is not point, point.family == OTHERS)):
+        whole = last.get(point.family) is point or point.family == OTHERS
+        best, least = None, float("inf")
+        for dx, dy, horizontal, vertical in PLACES:
+            text = axes.annotate(
+                point.name if whole else point.label, (point.x, point.top1), (dx, dy), textcoords="offset points",
+                ha=horizontal, va=vertical, color=COLOURS.get(point.family, INK), fontsize=SMALL,
+                fontweight="bold" if whole and point.family != OTHERS else "normal", zorder=4,
+            )  # fmt: skip
+            box = text.get_window_extent(renderer)
+            outside = box.width * box.height - _overlap(box, frame)
+            covered = sum(_overlap(box, other) for other in taken) + 4 * outside
+            if covered < least:
+                if best is not None:
+                    best[0].remove()
+                best, least = (text, box), covered
+            else:
+                text.remove()
+            if not covered:
+                break
+        assert best is not None
+        taken.append(best[1])
+
+
+def _around(axes: "Axes", place: Any, reach: float) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = axes.transData.transform(place)
+    return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
+
+
+def _along(corners: Any, steps: int = 40) -> Any:
+    """Places on a line through `corners`, even on a logarithmic x-axis."""
+    return [
+        (a[0] ** (1 - part) * b[0] ** part, a[1] * (1 - part) + b[1] * part)
+        for a, b in itertools.pairwise(corners)
+        for part in (step / steps for step in range(steps))
+    ]
+
+
+def _overlap(a: Any, b: Any) -> float:
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(width, 0) * max(height, 0)
