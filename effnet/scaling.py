@@ -10,6 +10,7 @@ Rounding: widths and layers by the network's own `Rounding`; the resolution to t
 (0.2 for B0, 0.5 for B7), but that is a choice of training: `network.replace(dropout=...)`.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -74,6 +75,7 @@ class Baseline(Protocol):
     def breaks(self, dimension: str, low: float, high: float) -> "np.ndarray": ...
     def costs(self, depth: Any, width: Any, resolution: Any, batch: int) -> "dict[str, np.ndarray]": ...
     def at(self, depth: float, width: float, resolution: int) -> Any: ...
+    def key(self, depth: float, width: float, resolution: int) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +156,18 @@ class Rows:
 
     def at(self, depth: float, width: float, resolution: int) -> Network:
         """The scaled network; its name says by what."""
-        base = self.network
+        base, depth, width, resolution = self.network, float(depth), float(width), int(resolution)
         if (depth, width, resolution) == (1, 1, base.resolution):
             return base
         words = f"d{depth:.3g}-w{width:.3g}-r{resolution}"
         source = f"{base.name} scaled: depth x{depth:.4g}, width x{width:.4g}"
         name = f"{base.name}-{words}"
         return multiply(base, depth=depth, width=width, resolution=resolution, name=name, source=source)
+
+    def key(self, depth: float, width: float, resolution: int) -> str:
+        """The same for all factors that round to the same network, whatever its name."""
+        made = self.at(depth, width, resolution).replace(name="", source="")
+        return hashlib.sha256(made.to_json().encode()).hexdigest()[:16]
 
 
 def baseline(net: "Network | Baseline") -> Baseline:
