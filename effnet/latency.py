@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 Quantity = Literal["forward", "train_step"]
 TARGET = 0.10  # the median relative error that a table should reach
-FACTORS = ("overhead", "unit", "dense", "depthwise", "map")  # what is fitted: see `features`
+PRIOR = {"overhead": 0.0, "unit": 0.0, "dense": 1.0, "depthwise": 1.0, "norm": 1.0, "gate": 1.0, "map": 1.0}
+FACTORS = tuple(PRIOR)  # what is fitted: see `features`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +131,7 @@ class LatencyTable(Value):
     threads: int
     torch: str
     grids: tuple[Grid, ...]
-    factors: dict[str, float] = field(
-        default_factory=lambda: dict(zip(FACTORS, (0.0, 0.0, 1.0, 1.0, 1.0), strict=True))
-    )
+    factors: dict[str, float] = field(default_factory=PRIOR.copy)
     error: Error | None = None
     quantity: Quantity = "forward"
     environment: dict[str, Any] = field(default_factory=dict)
@@ -262,8 +261,8 @@ def _coordinates(conv: Conv, unit: Unit, pixels: Any) -> tuple[Any, ...]:
 def features(units: Any, network: Network, batch: int, look_up: Any) -> dict[str, Any]:
     """What the factors multiply: 1, the number of units, and the milliseconds of operators by their nature.
 
-    `dense`: convolutions over all channels and the matrix products; `depthwise`; `map`: element by element, with the
-    squeeze-excite. `units`: pairs (unit, how often). Sums over them, of numbers or of arrays.
+    `dense`: convolutions over all channels, and the classifier; `depthwise`; `norm`; `gate`: squeeze-excite; `map`: all
+    other work on maps. `units`: pairs (unit, how often). Sums over them, of numbers or of arrays.
     """
     total: dict[str, Any] = dict.fromkeys(FACTORS, 0.0) | {"overhead": 1.0}
     last: Any = None
@@ -279,7 +278,9 @@ def features(units: Any, network: Network, batch: int, look_up: Any) -> dict[str
     return total
 
 
-_FACTOR_OF = {"pointwise": "dense", "dense": "dense", "stem": "dense", "linear": "dense", "depthwise": "depthwise"}
+_FACTOR_OF = dict.fromkeys(("pointwise", "dense", "stem", "linear"), "dense") | {
+    name: name for name in ("depthwise", "norm", "gate")
+}
 
 
 def fitted(rows: Sequence[dict[str, float]], measured: Sequence[float], weight: float = 0.03) -> dict[str, float]:
@@ -290,7 +291,7 @@ def fitted(rows: Sequence[dict[str, float]], measured: Sequence[float], weight: 
     """
     import numpy as np
 
-    prior = np.array([0.0, 0.0, 1.0, 1.0, 1.0])
+    prior = np.array([*PRIOR.values()])
     scale = np.asarray(measured, float)
     design = np.array([[row[name] for name in FACTORS] for row in rows]) / scale[:, None]
     size = np.sqrt((design**2).mean(0)) + 1e-12  # a factor's usual share of the time

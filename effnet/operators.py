@@ -52,8 +52,8 @@ NODES: dict[str, tuple[tuple[int, ...], ...]] = {
 NODES["max_pool"] = ((16, 64, 256), SOME)  # only stems have one
 
 MOST_MACS, MOST_ELEMENTS = 2e8, 5e6  # of a node; beyond, time is taken to grow with the pixels
-NOISE = 4 * 10**7  # elements that weights are cut from, many times what the second-level cache holds
-CALLS, PASSES = 5, 3
+NOISE = 10**7  # elements that weights are cut from, in turn: about a network's, more than the second-level cache holds
+CALLS, PASSES, NETWORK_VISITS = 5, 3, 2  # visits of each network per pass
 FITTED_ON, JUDGED_ON = (16, 1), (30, 2)  # networks and seed
 
 Progress = Callable[[int, int], None]
@@ -70,25 +70,17 @@ def build_table(
     check_choice("precision", precision, DTYPES)
     before = busy_seconds()
     known, judges = random_networks(*FITTED_ON), random_networks(*JUDGED_ON)
-    nodes = [(kind, shape) for kind in NODES for shape in _shapes(kind) if _is_measured(kind, shape)]
+    nodes: list[Any] = [(kind, shape) for kind in NODES for shape in _shapes(kind) if _is_measured(kind, shape)]
     quickest: dict[Any, float] = {}
     with controlled(threads):
         operators = Operators(precision, seed)
         runs = {network.name: _run(network, precision) for network in (*known, *judges)}
-        steps = PASSES * len(nodes) + (PASSES + 1) * len(runs)
-
-        def visit(key: Any, calls: Sequence[Callable[[], Any]]) -> None:
-            quickest[key] = min(quickest.get(key, math.inf), _milliseconds(calls))
-            steps_done = next(counter)
-            progress(steps_done, steps)
-
-        counter = itertools.count(1)
-        for turn in range(PASSES + 1):
-            order = random.Random(seed + turn)
-            for name in order.sample([*runs], len(runs)):
-                visit(name, [runs[name]] * CALLS)
-            for node in order.sample(nodes, len(nodes)) if turn < PASSES else ():
-                visit(node, operators.calls(*node))
+        todo = nodes + [*runs] * NETWORK_VISITS
+        for turn in range(PASSES):
+            for step, key in enumerate(random.Random(seed + turn).sample(todo, len(todo))):
+                calls = [runs[key]] * CALLS if isinstance(key, str) else operators.calls(*key)
+                quickest[key] = min(quickest.get(key, math.inf), _milliseconds(calls))
+                progress(turn * len(todo) + step + 1, PASSES * len(todo))
     table = LatencyTable(
         device=str(environment()["processor"]),
         backend="eager",
@@ -132,7 +124,7 @@ def _is_measured(kind: str, shape: Shape) -> bool:
     if kind == "linear":
         return True
     pixels = side * side
-    elements = max(channels[-1], channels[0]) * pixels * (4 if kind.endswith("/2") else 1)
+    elements = max(channels[-1], channels[0]) * pixels * (4 if kind.endswith("/2") or kind == "max_pool" else 1)
     per_pixel = math.prod(channels) * (channels[0] if kind.startswith(("dense", "stem")) else 1)
     macs = pixels * per_pixel if kind.startswith(("dense", "stem", "pointwise")) else 0
     return side == NODES[kind][-1][0] or (macs <= MOST_MACS and elements <= MOST_ELEMENTS)

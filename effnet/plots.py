@@ -113,36 +113,39 @@ def _label(figure: "Figure", axes: "Axes", found: Sequence[Point]) -> None:
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # fixes the layout, so that pixels mean something
-    taken: list[Any] = [_around(axes, (point.x, point.top1), 5) for point in found]
+    taken = [_around(axes, (point.x, point.top1), 5) for point in found]
     taken += [_around(axes, place, 1.5) for line in axes.lines[1:] for place in _along(line.get_xydata())]
     frame = axes.get_window_extent(renderer)
-    last = {
-        family: max((p for p in found if p.family == family), key=lambda p: p.x)
-        for family in COLOURS
-        if any(p.family == family for p in found)
-    }
+    last = {point.family: point for point in sorted(found, key=lambda point: point.x) if point.family != OTHERS}
     for point in sorted(found, key=lambda point: (last.get(point.family) is not point, point.family == OTHERS)):
-        whole = last.get(point.family) is point or point.family == OTHERS
-        best, least = None, float("inf")
-        for dx, dy, horizontal, vertical in PLACES:
-            text = axes.annotate(
-                point.name if whole else point.label, (point.x, point.top1), (dx, dy), textcoords="offset points",
-                ha=horizontal, va=vertical, color=COLOURS.get(point.family, INK), fontsize=SMALL,
-                fontweight="bold" if whole and point.family != OTHERS else "normal", zorder=4,
-            )  # fmt: skip
-            box = text.get_window_extent(renderer)
-            outside = box.width * box.height - _overlap(box, frame)
-            covered = sum(_overlap(box, other) for other in taken) + 4 * outside
-            if covered < least:
-                if best is not None:
-                    best[0].remove()
-                best, least = (text, box), covered
-            else:
-                text.remove()
-            if not covered:
-                break
-        assert best is not None
-        taken.append(best[1])
+        is_last = last.get(point.family) is point
+        text = axes.annotate(
+            point.name if is_last else point.label, (point.x, point.top1), (0, 0), textcoords="offset points",
+            color=COLOURS.get(point.family, INK), fontsize=SMALL, fontweight="bold" if is_last else "normal", zorder=4,
+        )  # fmt: skip
+        size = text.get_window_extent(renderer)
+        boxes = {place: _box(axes, point, place, size, figure.dpi / 72) for place in PLACES}
+        place = min(boxes, key=lambda place: _covered(boxes[place], taken, frame))
+        dx, dy, horizontal, vertical = place
+        text.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
+        taken.append(boxes[place])
+
+
+def _box(axes: "Axes", point: Point, place: tuple[int, int, str, str], size: Any, scale: float) -> Any:
+    """The pixels of a text of that size at that place."""
+    from matplotlib.transforms import Bbox
+
+    dx, dy, horizontal, vertical = place
+    x, y = axes.transData.transform((point.x, point.top1))
+    x += scale * dx - size.width * {"left": 0, "center": 0.5, "right": 1}[horizontal]
+    y += scale * dy - size.height * {"bottom": 0, "center": 0.5, "top": 1}[vertical]
+    return Bbox.from_bounds(x, y, size.width, size.height)
+
+
+def _covered(box: Any, taken: Sequence[Any], frame: Any) -> float:
+    """How much a name at `box` covers, what sticks out of the frame counting fourfold."""
+    outside = box.width * box.height - _overlap(box, frame)
+    return sum(_overlap(box, other) for other in taken) + 4 * outside
 
 
 def _around(axes: "Axes", place: Any, reach: float) -> Any:

@@ -86,8 +86,9 @@ class Value:
 
 def _rebuild(kind: Any, value: Any) -> Any:
     """Nested dataclasses from dicts, tuples from lists; everything else as it is."""
-    if isinstance(kind, type) and issubclass(kind, Value):
-        return kind.from_dict(value)
+    for option in (kind, *get_args(kind)) if isinstance(value, Mapping) else ():
+        if isinstance(option, type) and issubclass(option, Value):
+            return option.from_dict(value)
     if isinstance(value, list | tuple):
         inner = (get_args(kind) or (None,))[0]
         return tuple(_rebuild(inner, item) for item in value)
