@@ -64,12 +64,13 @@ class Convolution(nn.Conv2d):
         """Nothing: PyTorch's own rule is not the official one, and drawing twice doubles the time to build a model."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, kernel, stride = input, self.kernel_size[0], self.stride[0]
-        padding = (kernel // 2, kernel // 2)
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        rows, columns = ((kernel // 2, kernel // 2),) * 2
         if self.same:
-            x, padding = ops.pad_same(x, kernel, stride)
+            rows, columns = (ops.same_padding(size, kernel, stride) for size in input.shape[-2:])
         if self.depthwise:
-            return ops.depthwise(x, self.weight, stride, padding)
+            return ops.depthwise(input, self.weight, stride, (rows, columns))
+        x, padding = ops.pad(input, (rows, columns))
         return F.conv2d(x, self.weight, self.bias, stride, padding, groups=self.groups)
 
 
@@ -83,7 +84,25 @@ class ConvNorm(nn.Module):
         self.activation = Activation(network.activation) if conv.activation else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in, H, W) -> (N, out, ceil(H/s), ceil(W/s))
-        return self.activation(self.norm(self.conv(x)))
+        return norm_act(self.conv(x), self.norm, self.activation)[0]
+
+
+def norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """`activation(norm(x))`, (N, C, H, W) -> (N, C, H, W), in training on a CPU as one operator, which gives the means.
+
+    Nobody's hooks are passed over: with hooks on the norm or the activation they are called one after the other.
+    """
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, activation._forward_hooks, activation._forward_pre_hooks)
+    if ops.fuses(x, norm) and not any(hooks):
+        return ops.norm_act(x, norm, activation.name if isinstance(activation, Activation) else None)
+    return activation(norm(x)), None
+
+
+def gated(conv: nn.Module, se: nn.Module, x: Tensor) -> Tensor:
+    """`se(conv(x))`; in training the means that the gate needs come from the norm's own pass over the map."""
+    if isinstance(conv, ConvNorm) and isinstance(se, SqueezeExcite) and conv.training and not conv._forward_hooks:
+        return se(*norm_act(conv.conv(x), conv.norm, conv.activation))
+    return se(conv(x))
 
 
 def conv_norm(unit: Unit, name: str, network: Network) -> nn.Module:
@@ -105,11 +124,11 @@ class SqueezeExcite(nn.Module):
         self.activation = Activation(network.activation)
         self.expand = Convolution(expand, network.padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        means = x.mean((2, 3))  # (N, mid, H, W) -> (N, mid)
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """`x`: (N, mid, H, W); `means`: (N, mid), those of x over H and W, where they are known already."""
+        means = x.mean((2, 3)) if means is None else means
         squeezed = self.activation(_on_vectors(self.reduce, means))  # (N, squeeze)
-        gate = torch.sigmoid(_on_vectors(self.expand, squeezed))  # (N, mid)
-        return x * gate[:, :, None, None]
+        return ops.gate(x, torch.sigmoid(_on_vectors(self.expand, squeezed)))  # (N, mid, H, W) by (N, mid)
 
 
 def _on_vectors(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -185,7 +204,7 @@ class Stem(nn.Module):
         self.pool = MaxPool(network.padding) if network.stem.pool else nn.Identity()
 
     def before_pool(self, x: Tensor) -> Tensor:  # (N, in, H, W) -> (N, out, ceil(H/2), ceil(W/2))
-        return self.activation(self.norm(self.conv(x)))
+        return norm_act(self.conv(x), self.norm, self.activation)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.before_pool(x))  # a pool halves H and W once more
@@ -219,8 +238,7 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.expand(x)  # (N, in, H, W) -> (N, mid, H, W)
-        y = self.depthwise(y)  # -> (N, mid, H/s, W/s)
-        y = self.se(y)
+        y = gated(self.depthwise, self.se, y)  # -> (N, mid, H/s, W/s)
         y = self.project(y)  # -> (N, out, H/s, W/s), no activation
         return x + self.drop_path(y) if self.shortcut else y
 
@@ -240,8 +258,7 @@ class FusedMBConv(nn.Module):
         self.drop_path = DropPath(unit.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.expand(x)  # (N, in, H, W) -> (N, mid, H/s, W/s)
-        y = self.se(y)
+        y = self.se(self.expand(x))  # (N, in, H, W) -> (N, mid, H/s, W/s)
         y = self.project(y)  # -> (N, out, H/s, W/s)
         return x + self.drop_path(y) if self.shortcut else y
 

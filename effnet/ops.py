@@ -1,29 +1,40 @@
-"""Which operators are worth writing ourselves? SAME padding, a lean ReLU6, a depthwise convolution trained quickly.
+"""Which operators are worth writing ourselves? SAME padding, a lean ReLU6, and what a training step spends its time on.
 
-Every operator here has a plain PyTorch twin in the tests that it must agree with, values and gradients.
+Every operator here has a plain PyTorch twin in the tests that it must agree with, values and gradients. On a CPU with a
+C++ compiler the training forms of `depthwise`, `norm_act` and `gate` are the kernels of `native/kernels.cpp`; without
+one, in evaluation, on other devices and while a model is traced they are PyTorch's own operators.
 
-`same_padding`, `pad_same`: TensorFlow's SAME padding depends on the input size and is asymmetric for even sizes at
-stride 2, so it is computed at run time; the convolution's own padding does what it can, which saves a copy of the map.
+`same_padding`, `pad`: TensorFlow's SAME padding depends on the input size and is asymmetric for even sizes at stride 2,
+so it is computed at run time; the convolution's own padding does what it can, which saves a copy of the map.
 
 `relu6_`: PyTorch's in-place ReLU6 clones its input for the backward pass, so it is neither lean nor quick in training.
 
-`depthwise`: on CPUs oneDNN's bfloat16 backward of a depthwise convolution is slow (half of a training step of B0). Both
-of its parts have a faster plain form, depending on kernel and stride (`_input_gradient`, `_weight_gradient`). Measured
-2026-11-22 on one Sapphire-Rapids-class core, torch 2.13.0, channels last, batch 16, ms, oneDNN in bfloat16 / ours:
+`depthwise`: oneDNN's backward of a depthwise convolution takes half of a bfloat16 training step of B0. Ours reads every
+map once per channel block, which fits the cache. Without a compiler both of its parts have a faster plain form,
+depending on kernel and stride (`_input_gradient`, `_weight_gradient`). Measured 2026-11-22 on one Sapphire-Rapids-class
+core, torch 2.13.0, channels last, batch 16, ms, oneDNN in bfloat16 / plain PyTorch:
 
     channels, map, kernel, stride     input gradient     weight gradient
     144   56 px  k3 s1                7.1 / 2.5 (flip)   6.6 (kept: float32 16.4)
     96   112 px  k3 s2                159 / 72 (f32)     6.5 (kept: float32 53.9)
     144   56 px  k5 s2                127 / 11.6 (f32)   114 / 26.5 (f32)
     672   14 px  k5 s1                4.5 / 1.6 (flip)   101 / 20.9 (f32)
+
+`norm_act`, `gate`: batch norm, activation, the means that squeeze-excite needs and its product are passes over maps
+that do not fit the cache; what matters is how often a map is read. Nothing between norm and activation is stored.
 """
 
+import ctypes
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from effnet import native
+
+Pads = tuple[tuple[int, int], tuple[int, int]]  # rows and columns that padding adds: ((above, below), (left, right))
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -38,14 +49,13 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def pad_same(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, tuple[int, int]]:
-    """Prepares `x` (N, C, H, W) for a SAME convolution: the input and the symmetric `padding` to convolve it with.
+def pad(x: Tensor, pads: Pads) -> tuple[Tensor, tuple[int, int]]:
+    """Prepares `x` (N, C, H, W) for a convolution: the input and the symmetric `padding` to convolve it with.
 
     The input comes back untouched when both axes pad symmetrically; otherwise it gets one row, one column or both
     *after* its end, and the convolution's own padding does the rest.
     """
-    top, bottom = same_padding(x.shape[-2], kernel, stride)
-    left, right = same_padding(x.shape[-1], kernel, stride)
+    (top, bottom), (left, right) = pads
     if (top, left) != (bottom, right):
         x = F.pad(x, (0, right - left, 0, bottom - top))
     return x, (top, left)
@@ -74,24 +84,204 @@ class _ReLU6(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, y, 0.0, 6.0)
 
 
-def depthwise(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, stride: int, pads: Pads) -> Tensor:
     """A convolution of every channel with its own filter, bias-free: the same values as `F.conv2d(groups=C)`.
 
-    `x`: (N, C, H, W); `weight`: (C, 1, k, k); `padding`: rows and columns added on both sides, each below k. In
-    bfloat16 on a CPU (also through autocast) the backward is ours; everywhere else this *is* `F.conv2d`.
+    `x`: (N, C, H, W); `weight`: (C, 1, k, k); `pads`: each below k. In training on a CPU the backward is ours: compiled
+    where it can be, plain PyTorch in bfloat16 elsewhere (also through autocast). Otherwise this *is* `F.conv2d`.
     """
-    if not _backward_is_slow(x, weight):
-        return F.conv2d(x, weight, None, stride, padding, groups=weight.shape[0])
-    return _Depthwise.apply(x.to(torch.bfloat16), weight, stride, padding)
+    if _trains_on_cpu(x, weight):
+        x = x.to(torch.bfloat16) if x.dtype == torch.float32 and _autocasts() else x
+        if _suits(x) and weight.shape[-1] in (3, 5, 7):
+            return _NativeDepthwise.apply(x, weight, stride, pads)
+    x, padding = pad(x, pads)
+    if x.dtype == torch.bfloat16 and _trains_on_cpu(x, weight):
+        return _Depthwise.apply(x, weight, stride, padding)
+    return F.conv2d(x, weight, None, stride, padding, groups=weight.shape[0])
 
 
-def _backward_is_slow(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's bfloat16 backward would run: on a CPU, in bfloat16 as it is or by autocast, with gradients."""
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return False
-    if x.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.dtype == torch.bfloat16
+def _trains_on_cpu(x: Tensor, weight: Tensor) -> bool:
+    """Whether a backward pass on a CPU will follow."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _autocasts() -> bool:
+    """Whether convolutions on a CPU run in bfloat16 by autocast."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether the compiled kernels take `x`: float32 or bfloat16, channels last, on a CPU, not being traced."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and type(x) in (Tensor, torch.nn.Parameter)  # fake and functional tensors have no memory
+        and native.library() is not None
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _NativeDepthwise(torch.autograd.Function):
+    """`kernels.cpp`: both gradients from one pass over channels that fit the cache, and padding without a copy.
+
+    Forward is oneDNN's where padding is symmetric (it is a little faster). `weight` may be wider than `x`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, pads: Pads) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.pads = stride, pads
+        (top, bottom), (left, right) = pads
+        if (top, left) == (bottom, right):
+            return F.conv2d(x, weight.to(x.dtype), None, stride, (top, left), groups=weight.shape[0])
+        n, channels, height, width = x.shape
+        kernel = weight.shape[-1]
+        size = ((height + top + bottom - kernel) // stride + 1, (width + left + right - kernel) // stride + 1)
+        y = torch.empty((n, channels, *size), dtype=x.dtype, memory_format=torch.channels_last)
+        filters = _by_tap(weight)
+        _call("depthwise_forward", x, *map(_address, (x, filters, y)), _window(x, y, pads), kernel, stride)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = _like(grad, x)
+        kernel = weight.shape[-1]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        filters = _by_tap(weight)
+        by_tap = torch.empty_like(filters) if ctx.needs_input_grad[1] else None
+        parts = map(_address, (grad, x, filters, grad_x, by_tap))
+        _call("depthwise_backward", x, *parts, _window(x, grad, ctx.pads), kernel, ctx.stride)
+        grad_weight = None if by_tap is None else by_tap.t().reshape(weight.shape).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _by_tap(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> (k * k, C) in float32."""
+    return weight.detach().reshape(weight.shape[0], -1).t().float().contiguous()
+
+
+def _window(x: Tensor, y: Tensor, pads: Pads) -> ctypes.Array:
+    """The `Window` of `kernels.cpp`."""
+    n, channels, height, width = x.shape
+    return (ctypes.c_int * 8)(n, height, width, channels, *y.shape[-2:], pads[0][0], pads[1][0])
+
+
+def _call(name: str, x: Tensor, *arguments: Any) -> None:
+    """Runs a kernel on as many threads as PyTorch uses."""
+    library = native.library()
+    assert library is not None
+    half = int(x.dtype == torch.bfloat16)
+    failed = getattr(library, f"effnet_{name}")(half, *arguments, torch.get_num_threads())
+    assert not failed, f"{name} has no kernel for {arguments}"
+
+
+ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2, "silu": 3}  # the numbers of `Act` in kernels.cpp
+
+
+def fuses(x: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether `norm_act` may stand for `norm` and the activation behind it: in training, where kernels take `x`."""
+    return (
+        norm.training
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.weight.dtype == torch.float32
+        and x.shape[0] * x.shape[2] * x.shape[3] > 1  # PyTorch's own error is the clear one
+        and _suits(x)
+    )
+
+
+def norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: str | None) -> tuple[Tensor, Tensor]:
+    """Batch norm by the statistics of `x` (N, C, H, W), then the activation, then means over H and W: one operator.
+
+    Returns the map and its means (N, C), float32. Only where `fuses`. The running statistics move as in PyTorch. For
+    the backward pass it keeps `x` alone; what lies between norm and activation is computed again.
+    """
+    mean, variance = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
+    _call("moments", x, *map(_address, (x, mean, variance)), *_map(x))
+    with torch.no_grad():
+        assert norm.num_batches_tracked is not None and norm.running_mean is not None and norm.running_var is not None
+        assert norm.momentum is not None
+        pixels = x.numel() // x.shape[1]
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
+        rstd = torch.rsqrt(variance + norm.eps)
+    return _NormAct.apply(x, norm.weight, norm.bias, mean, rstd, ACTIVATIONS[activation])
+
+
+class _NormAct(torch.autograd.Function):
+    """y = act((x - mean) * rstd * weight + bias) and its means; that mean and rstd come from x, the backward knows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, act: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.act = act
+        ctx.set_materialize_grads(False)
+        scale = weight * rstd
+        shift = bias - mean * scale
+        y, pooled = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+        _call("norm_forward", x, act, *map(_address, (x, scale, shift, y, pooled)), *_map(x))
+        return y, pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        grad, grad_pooled = grads
+        grad = _like(torch.zeros_like(x) if grad is None else grad, x)
+        if grad_pooled is not None:
+            grad_pooled = grad_pooled.float().contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        parts = (grad, grad_pooled, x, mean, rstd, weight, bias, grad_x, grad_weight, grad_bias)
+        _call("norm_backward", x, ctx.act, *map(_address, parts), *_map(x))
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def gate(x: Tensor, weights: Tensor) -> Tensor:
+    """`x` (N, C, H, W) times `weights` (N, C), every map by a number of its own."""
+    if _trains_on_cpu(x, weights) and _suits(x):
+        return _Gate.apply(x, weights.float().contiguous())
+    return x * weights[:, :, None, None].to(x.dtype)
+
+
+class _Gate(torch.autograd.Function):
+    """Both gradients in one pass over the maps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights)
+        y = torch.empty_like(x)
+        _call("gate_forward", x, *map(_address, (x, weights, y)), *_map(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = ctx.saved_tensors
+        grad = _like(grads[0], x)
+        grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
+        _call("gate_backward", x, *map(_address, (grad, x, weights, grad_x, grad_weights)), *_map(x))
+        return grad_x, grad_weights
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient as the kernels want it: in the type and the memory format of `x`."""
+    return grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _map(x: Tensor) -> tuple[int, int, int]:
+    """The `Map` of `kernels.cpp`: images, pixels, channels."""
+    return x.shape[0], x.shape[2] * x.shape[3], x.shape[1]
 
 
 class _Depthwise(torch.autograd.Function):

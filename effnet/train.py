@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effnet import augment, checkpoint, data
+from effnet import augment, checkpoint, data, native
 from effnet.evaluate import evaluate
 from effnet.images import normalise
 from effnet.network import Model, replace_head
@@ -114,6 +114,8 @@ def training(
     `weights` is what `model` started from, for the log only.
     """
     started = time.perf_counter()
+    if device == "cpu":
+        native.keep_freed_memory()
     out = Path(out)
     if splits.val is None or len(splits.val) == 0:
         raise UsageError(f"{splits.name} has no validation images: add a val folder or keep val_fraction above 0.")

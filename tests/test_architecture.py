@@ -15,7 +15,19 @@ PACKAGE = ROOT / "effnet"
 # Modules in order: each may import only what stands before it. Floors are separated by where torch may come in.
 SCALING = ["scaling", "fitting", "coefficients"]
 FACTS = ["value", "words", "spec", "families", "cost", "latency", "published", *SCALING, "recipes"]
-MATTER = ["ops", "layers", "network", "checkpoint", "weight_files", "dialects", "hub", "images", "zoo", "augment"]
+MATTER = [
+    "native",
+    "ops",
+    "layers",
+    "network",
+    "checkpoint",
+    "weight_files",
+    "dialects",
+    "hub",
+    "images",
+    "zoo",
+    "augment",
+]
 SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
 MOTION = ["plan", "predict", "evaluate", "train", "explain", "doctor", "runs", "report", "bench", "operators", "plots"]
 DOOR = ["arguments", "display", "cli", "__main__"]
