@@ -219,6 +219,11 @@ class _Search:
         """What the network at (depth, width, pixels) costs, and what the limited meters say of it."""
         if place not in self.known:
             found = {name: value.item() for name, value in self.base.costs(*place, self.batch).items()}
+            missing = self.limits.keys() - found.keys() - self.meters.keys()
+            if missing:
+                raise UsageError(
+                    f"{self.base.name} does not count {', '.join(missing)}: Factory(training_memory=True)."
+                )
             for name in self.limits.keys() & self.meters.keys():
                 network = self.base.at(*place)
                 found[name] = float(self.meters[name](network))
