@@ -5,9 +5,10 @@ then models are built. torch is imported inside the functions that need it, so t
 """
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from effnet import families, recipes
+from effnet.cost import METRICS
 from effnet.recipes import Recipe
 from effnet.spec import Network
-from effnet.value import UsageError
+from effnet.value import UsageError, check_choice, check_range
 
 if TYPE_CHECKING:
     import numpy as np
 
     from effnet.checkpoint import Checkpoint
+    from effnet.coefficients import Evaluate
+    from effnet.factory import Factory
     from effnet.network import Model
     from effnet.samples import Splits
 
@@ -192,6 +196,112 @@ def _start(model: str, pretrained: bool, pretrained_from: str | None, classes: i
     if (started.network.stem, started.network.stages) != (wanted.stem, wanted.stages):
         raise UsageError(f"the weights {pretrained_from} are those of {started.network.name}, not of {wanted.name}.")
     return started, True
+
+
+# --- scaling --------------------------------------------------------------------------------------------------------
+
+FACTORY = re.compile(r".+\.py:\w+")
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+AMOUNT = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([kMGT]?)B?")
+
+
+def to_scale(model: str, size: int | None, deepen: str | None, *, training_memory: bool) -> "Network | Factory":
+    """The baseline that `model` means: a network, or a factory as module.py:function.
+
+    `size`: its resolution instead of its own; `deepen`: by stage, the powers of the depth factor.
+    """
+    if FACTORY.fullmatch(model):
+        from effnet.factory import load
+
+        if deepen is not None:
+            raise UsageError("--deepen is for the stages of a Network; a factory decides by itself what depth means.")
+        return load(model, resolution=size or 0, training_memory=training_memory)
+    found = network(model)
+    if size is not None:
+        found = found.replace(resolution=size, preprocess=found.preprocess.with_size(size))
+    if deepen is None:
+        return found
+    powers = numbers("--deepen", deepen, len(found.stages), "one for each stage")
+    rows = zip(found.stages, powers, strict=True)
+    return found.replace(stages=tuple(stage.replace(deepen=power) for stage, power in rows))
+
+
+def numbers(option: str, text: str, count: int, what: str) -> list[float]:
+    """`count` numbers with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count:
+        raise UsageError(f"{option} {text!r} is not {count} numbers with commas between them, {what}.")
+    return found
+
+
+def budgets(words: Sequence[str]) -> dict[str, float]:
+    """Limits by metric from words such as `macs=1.5G`.
+
+    >>> budgets(["macs=1.5G", "latency_ms=20"])
+    {'macs': 1500000000.0, 'latency_ms': 20.0}
+    """
+    limits: dict[str, float] = {}
+    for word in words:
+        metric, equals, amount = (part.strip() for part in word.partition("="))
+        found = AMOUNT.fullmatch(amount)
+        if not equals or not found:
+            raise UsageError(
+                f"--budget {word!r} is not METRIC=LIMIT; a limit is 400M, 1.5G, 5e6 or 20 (k, M, G, T: powers of 1000)."
+            )
+        check_choice("budget metric", metric, (*METRICS, "latency_ms"))
+        if metric in limits:
+            raise UsageError(f"two limits on {metric}: {limits[metric]:g} and {amount}; give one.")
+        limits[metric] = float(found[1]) * UNITS[found[2]]
+        check_range(f"budget on {metric}", limits[metric], 1e-9, 1e30)
+    return limits
+
+
+def meters(limits: Mapping[str, float], threads: int, precision: str) -> dict[str, Callable[[Any], float]]:
+    """What measures the limits that are no cost: this machine's latency table."""
+    if "latency_ms" not in limits:
+        return {}
+    from effnet import bench
+
+    table = bench.table(threads=threads, precision=precision)
+
+    def latency_ms(network: Any) -> float:
+        if not isinstance(network, Network):
+            raise UsageError(f"the latency of a Network can be predicted; {network.name} is a module of your own.")
+        return table.predict(network)
+
+    return {"latency_ms": latency_ms}
+
+
+def proxy(
+    base: Network, data: str, images: int | None, settings: Sequence[str] | None, workers: int | None
+) -> "tuple[Network, Evaluate, dict[str, Any]]":
+    """For the search for coefficients: the network with the data's classes, what trains it, what that depends on."""
+    from effnet import proxy as proxies
+    from effnet.data import open_data
+
+    recipe = recipes.with_settings(proxies.PROXY, dict(map(_setting, settings or ())))
+    splits = open_data(data, split_seed=SPLIT_SEED, val_fraction=VAL_FRACTION)
+    if images is not None:
+        splits = proxies.fewer(splits, images)
+    about = {"data": splits.name, "training images": splits.train.fingerprint(), "recipe": recipe.to_json()}
+    return base.with_classes(len(splits.classes)), proxies.proxy(splits, recipe, workers=workers), about
+
+
+def network_file(path: Path | None) -> Path | None:
+    """`path`, a .json file. `UsageError` for another suffix."""
+    if path is not None and path.suffix != ".json":
+        raise UsageError(f"--save {path} does not end in .json: it would not be taken for a network later.")
+    return path
+
+
+def keep_network(path: Path, definition: dict[str, Any]) -> None:
+    """Writes a Network as the file that `network` reads; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(definition, indent=2) + "\n")
+    temporary.replace(path)
 
 
 # --- the run a model comes from -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +43,8 @@ from effnet.arguments import (
     Workers,
 )
 from effnet.cost import cost, stage_rows
+from effnet.display import answer
+from effnet.scale_command import scale
 from effnet.value import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -106,15 +108,6 @@ def _warnings_in_one_line() -> Generator[None]:
         yield
 
 
-def _answer(document: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Writes the document, or shows people theirs. Flushed, so that a closed pipe is noticed (quietly) here."""
-    if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
-        sys.stdout.flush()
-    else:
-        show()
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from effnet import __version__
@@ -145,7 +138,7 @@ def list_(
     if not names:
         raise UsageError(f"no network matches {pattern!r}.{nearest(pattern, [*families.names(), *families.ALIASES])}")
     rows = [_listed(name) for name in names]
-    _answer(rows, as_json, lambda: display.show_networks(display.console(), rows))
+    answer(rows, as_json, lambda: display.show_networks(display.console(), rows))
 
 
 def _listed(name: str) -> dict[str, Any]:
@@ -178,7 +171,10 @@ def info(
     spent = cost(network, size, batch)
     stages = stage_rows(network, size)
     document = spent.to_dict() | {"stages": stages, "definition": network.to_dict()}
-    _answer(document, as_json, lambda: display.show_cost(display.console(), network, spent, stages, units=units))
+    answer(document, as_json, lambda: display.show_cost(display.console(), network, spent, stages, units=units))
+
+
+app.command(epilog="Example: effnet scale efficientnet_b0 --budget macs=1.5G --budget params=8M --save net.json")(scale)
 
 
 # --- before training ------------------------------------------------------------------------------------------------
@@ -194,7 +190,7 @@ def doctor(data: Data, workers: Workers = None, as_json: AsJson = False) -> None
 
     with display.counting(display.console(stderr=as_json), "looking at images") as progress:
         found = examine(data, workers=2 if workers is None else workers, progress=progress)
-    _answer(found.to_dict(), as_json, lambda: display.show_diagnosis(display.console(), found))
+    answer(found.to_dict(), as_json, lambda: display.show_diagnosis(display.console(), found))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -222,7 +218,7 @@ def plan(
     counts = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
     todo = planned(job.model, job.recipe, classes=job.splits.classes, device=arguments.device(device), **counts)
     document = todo.to_dict() | {"data": job.splits.name, "note": job.splits.note, "seconds": todo.seconds}
-    _answer(document, as_json, functools.partial(_show_plan, job, todo))
+    answer(document, as_json, functools.partial(_show_plan, job, todo))
 
 
 def _show_plan(job: Job, todo: "Plan") -> None:
@@ -276,7 +272,7 @@ def train(
         raise typer.Exit(_failed(str(error), 128 + error.signal)) from None
     ending = {key: event[key] for key in ("best_epoch", "metrics", "seconds")}
     document = {"run": str(run), "checkpoint": str(run / "best.safetensors"), **ending}
-    _answer(document, as_json, lambda: display.show_end(people, document))
+    answer(document, as_json, lambda: display.show_end(people, document))
 
 
 # --- a trained model ------------------------------------------------------------------------------------------------
@@ -313,7 +309,7 @@ def eval_(
     kept = run.evaluation_files(splits, split) if run and Path(model).is_dir() else []
     _keep_evaluation(document, scores, [*kept, *([out] if out else [])])
     title = f"{model} on {splits.name}, {split}"
-    _answer(document, as_json, lambda: display.show_evaluation(display.console(), judged, title))
+    answer(document, as_json, lambda: display.show_evaluation(display.console(), judged, title))
 
 
 def _keep_evaluation(document: dict[str, Any], scores: "Scores", files: Sequence[Path]) -> None:
@@ -357,7 +353,7 @@ def predict(
             progress(len(rows), len(files))
     if out:
         (write_csv if out.suffix == ".csv" else write_json)(out, rows)
-    _answer([row.to_dict() for row in rows], as_json, lambda: display.show_predictions(display.console(), rows))
+    answer([row.to_dict() for row in rows], as_json, lambda: display.show_predictions(display.console(), rows))
     broken = [row for row in rows if row.error]
     for row in broken:
         _say(f"{row.path}: {row.error}")
@@ -399,7 +395,7 @@ def explain(
         panel(path, [image], [why], truths=[truth] if truth else None)
         told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
         rows.append({"image": name, "truth": truth, "file": str(path), **told, "map": why.map.tolist()})
-    _answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
+    answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
 
 
 @app.command(epilog="Example: effnet bench efficientnet_b0 mobilenet_v2 --size 224 --precision bfloat16")
@@ -436,7 +432,7 @@ def bench(
             fold=fold, rounds=rounds, progress=progress,
         )  # fmt: skip
     document = found.to_dict() | {"busy": found.busy, "verdicts": [str(one) for one in found.comparisons]}
-    _answer(document, as_json, lambda: display.show_bench(display.console(), found, batch))
+    answer(document, as_json, lambda: display.show_bench(display.console(), found, batch))
 
 
 def _bench_table(precision: str, threads: int, backends: Sequence[str], as_json: bool) -> None:
@@ -450,7 +446,7 @@ def _bench_table(precision: str, threads: int, backends: Sequence[str], as_json:
     path = save_table(made)
     assert made.error is not None
     document = {"file": str(path), "table": str(made), "error": made.error.to_dict(), "factors": made.factors}
-    _answer(document, as_json, lambda: display.show_table_made(display.console(), made, path))
+    answer(document, as_json, lambda: display.show_table_made(display.console(), made, path))
 
 
 @app.command(epilog="Example: effnet plot pareto --x macs --out pareto.svg")
@@ -468,11 +464,11 @@ def plot(
 
     table = core.table(precision=precision, threads=threads) if x == "latency_ms" else None
     found, path = published.points(x, table), out or Path(f"{what}_{x}.png")
-    note = f"{table}; {table.error}" if table else ""
+    note = f"{table}\n{table.error}" if table else ""
     best = plots.pareto(found, x, path, note=note)
     document: dict[str, Any] = {"file": str(path), "x": x, "note": note, "front": [point.name for point in best]}
     document["points"] = [point.to_dict() for point in found]
-    _answer(document, as_json, lambda: display.show_pareto(display.console(), best, x, note, path))
+    answer(document, as_json, lambda: display.show_pareto(display.console(), best, x, note, path))
 
 
 @app.command(epilog="Example: effnet report runs/photos")
@@ -481,7 +477,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     from effnet.report import report as written
 
     path = written(run)
-    _answer({"report": str(path)}, as_json, lambda: display.show_path(display.console(), path))
+    answer({"report": str(path)}, as_json, lambda: display.show_path(display.console(), path))
 
 
 @app.command(epilog="Example: effnet convert runs/photos/best.safetensors photos.pth --dialect timm")
@@ -510,4 +506,4 @@ def convert(
         write_foreign(out, from_effnet(found.weights, found.network, dialect))
     document = {"file": file, "out": str(out), "dialect": dialect, "network": found.network.name}
     document["tensors"] = len(found.weights)
-    _answer(document, as_json, lambda: display.show_path(display.console(), out))
+    answer(document, as_json, lambda: display.show_path(display.console(), out))

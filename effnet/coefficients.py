@@ -264,6 +264,7 @@ class Study:
 class Standing(Value):
     """How a candidate did on the last rung that it reached. `values`: its accuracies, by seed.
 
+    `first`: its mean on the first rung, the only one where all candidates can be compared.
     `difference`: of its mean to the winner's over the same seeds, with its interval; only among finalists. `tie`: the
     interval holds 0.
     """
@@ -274,6 +275,7 @@ class Standing(Value):
     values: tuple[float, ...]
     mean: float
     interval: Interval | None
+    first: float
     difference: float | None = None
     difference_interval: Interval | None = None
     tie: bool = False
@@ -380,6 +382,7 @@ class _Work:
     progress: Callable[[int, int, str], None]
     total: int
     seen: set[tuple[str, int, int]] = field(default_factory=set)
+    firsts: dict[str, float] = field(default_factory=dict)
 
     def climb(self, alive: Sequence[Candidate], number: int, rung: Rung) -> list[Standing]:
         """The candidates of one rung, best mean first; of equals the one that was better before."""
@@ -389,6 +392,7 @@ class _Work:
         standings = []
         for candidate in alive:
             values = tuple(self.study.known[candidate.key, seed, rung.budget] for seed in range(rung.seeds))
+            self.firsts.setdefault(candidate.key, statistics.fmean(values))
             standings.append(
                 Standing(
                     candidate=candidate,
@@ -397,6 +401,7 @@ class _Work:
                     values=values,
                     mean=statistics.fmean(values),
                     interval=t_interval(values),
+                    first=self.firsts[candidate.key],
                 )
             )
         return sorted(standings, key=lambda standing: -standing.mean)

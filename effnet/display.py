@@ -4,6 +4,7 @@ Every function takes a library value and prints it; nothing is computed here tha
 except how long a run will still take (`Pace`). Nothing here imports torch, so that `effnet info` stays quick.
 """
 
+import json
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from effnet.words import duration, in_bytes, metric, percent, short
 
 if TYPE_CHECKING:
     from effnet.bench import Measured
+    from effnet.coefficients import Found
     from effnet.doctor import Diagnosis
     from effnet.evaluate import Evaluation
     from effnet.plan import Plan
@@ -40,6 +42,15 @@ def console(*, stderr: bool = False) -> Console:
     """Where people read: stdout, or stderr while stdout is for a document."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_COLUMNS)
+
+
+def answer(document: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Writes the document, or shows people theirs. Flushed, so that a closed pipe is noticed (quietly) here."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.flush()
+    else:
+        show()
 
 
 def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
@@ -118,6 +129,77 @@ def _unit_table(title: str, spent: Cost) -> Table:
         counts = (unit.squeeze_channels or None, size, f"{unit.params:,}", f"{unit.macs:,}")
         add(made, unit.name, unit.op, unit.kernel, unit.stride, channels, *counts)
     return made
+
+
+def show_scaled(out: Console, document: Mapping[str, Any]) -> None:
+    """The network before and after, stage by stage, and how far it is from every limit."""
+    before, after = document["before"], document["after"]
+    if document["definition"]:
+        made = table(
+            document["name"], ["stage", "operator"], ["kernel", "stride", "channels", "", "layers", "", "px", ""]
+        )
+        for old, new in zip(before["stages"], after["stages"], strict=True):
+            pairs = [(row["out_channels"], row["repeats"], row["out_size"]) for row in (old, new)]
+            cells = [cell for was, now in zip(*pairs, strict=True) for cell in (was, f"-> {now}" if now != was else "")]
+            add(made, old["name"], old["op"], old["kernel"], old["stride"], *cells)
+        out.print(made)
+    factors = f"depth x{document['depth']:.4g}, width x{document['width']:.4g}, {document['resolution']} px"
+    way = f"phi {document['phi']:.4g}: " if document["phi"] is not None else ""
+    out.print(f"{document['name']}: {way}{factors}", style="bold", markup=False)
+    totals = table("", ["of one image"], ["before", "after", ""])
+    for name in ("resolution", "params", "macs", "activations", "weight_bytes", "training_bytes"):
+        if name in after:
+            words = name.replace("_", " ") if name != "resolution" else "resolution in px"
+            add(totals, words, f"{before[name]:,}", f"{after[name]:,}", f"x{after[name] / before[name]:.3f}")
+    out.print(totals)
+    if document["limits"]:
+        used = table("", ["limit on"], ["limit", "used", "left"])
+        used.add_column("")
+        for row in document["limits"]:
+            counts = (f"{row[key]:,.6g}" for key in ("limit", "used"))
+            add(used, row["metric"], *counts, f"{row['left_percent']:.2f} %", "binds" if row["binding"] else None)
+        for name in document["held"]:
+            add(used, name, None, None, None, "reached")
+        out.print(used)
+    if document["saved"]:
+        out.print(f"{document['saved']}", markup=False, soft_wrap=True)
+
+
+def evaluations(out: Console) -> Callable[[int, int, str], None]:
+    """Prints a line for every evaluation of a search: how many, and what came out."""
+    return lambda done, total, words: out.print(f"{done}/{total}  {words}", markup=False)
+
+
+def show_coefficients(out: Console, found: "Found", study: Path, figure: Path) -> None:
+    """The finalists of a search with their intervals, and who came how far."""
+    numbers = ["alpha", "beta", "gamma", "px", "MACs", "budget", "seeds", "accuracy", "95 % interval", "to the winner"]
+    title = f"{found.network} at x{found.target:g} multiply-adds (within {found.tolerance:.0%}, realised)"
+    made = table(title, [], [*numbers, "95 % interval", ""])
+    for standing in found.standings:
+        c, one = standing.candidate.coefficients, standing.candidate
+        row = (f"{c.alpha:g}", f"{c.beta:g}", f"{c.gamma:.4g}", one.resolution, f"x{one.ratio:.3f}")
+        told = "winner" if standing is found.winner else "tie" if standing.tie else None
+        difference = None if standing.difference is None else f"{100 * standing.difference:+.2f}"
+        results = (
+            percent(standing.mean),
+            _bounds(standing.interval),
+            difference,
+            _bounds(standing.difference_interval),
+        )
+        add(made, *row, standing.budget, len(standing.values), *results, told, style="bold" if told else None)
+    out.print(made)
+    c = found.winner.candidate.coefficients
+    others = len(found.ties)
+    told = f"{others} other{'s' * (others > 1)} cannot be told from it" if others else "no finalist ties with it"
+    rungs = ", ".join(f"{rung.candidates} at budget {rung.budget} x {rung.seeds} seeds" for rung in found.rungs)
+    out.print(f"alpha {c.alpha:g}, beta {c.beta:g}, gamma {c.gamma:g}; {told} (paired over seeds, 95 %).", style="bold")
+    out.print(f"{len(found.cells)} points, {len(found.standings)} networks; rungs: {rungs}", markup=False)
+    for path in (study, figure):
+        show_path(out, path)
+
+
+def _bounds(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
 
 
 # --- data and plans -------------------------------------------------------------------------------------------------

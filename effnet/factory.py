@@ -225,8 +225,8 @@ def _default_px(function: Function) -> int:
     return default if isinstance(default, int) else DEFAULT_PX
 
 
-def load(spec: str) -> Factory:
-    """The factory that `module.py:function` names. The file is run. Raises `UsageError`."""
+def load(spec: str, **options: Any) -> Factory:
+    """The factory that `module.py:function` names, with the fields of `Factory`. The file is run. `UsageError`."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -242,4 +242,4 @@ def load(spec: str) -> Factory:
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     if name not in functions:
         raise UsageError(f"{path} has no function {name!r}; it has {', '.join(functions)}.{nearest(name, functions)}")
-    return Factory(function=getattr(module, name), name=name)
+    return Factory(function=getattr(module, name), name=name, **options)

@@ -20,6 +20,7 @@ MATTER = [
     "ops",
     "layers",
     "network",
+    "factory",
     "checkpoint",
     "weight_files",
     "dialects",
@@ -29,8 +30,22 @@ MATTER = [
     "augment",
 ]
 SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
-MOTION = ["plan", "predict", "evaluate", "train", "explain", "doctor", "runs", "report", "bench", "operators", "plots"]
-DOOR = ["arguments", "display", "cli", "__main__"]
+MOTION = [
+    "plan",
+    "predict",
+    "evaluate",
+    "train",
+    "proxy",
+    "explain",
+    "doctor",
+    "runs",
+    "report",
+    "bench",
+    "operators",
+    "plots",
+    "heat_map",
+]
+DOOR = ["arguments", "display", "scale_command", "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 
 

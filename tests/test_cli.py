@@ -28,7 +28,9 @@ from effnet.cost import cost
 from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from tests.conftest import write_images
 
-VERBS = ("list", "info", "doctor", "plan", "train", "eval", "predict", "explain", "report", "convert")
+VERBS = (
+    "list", "info", "scale", "doctor", "plan", "train", "eval", "predict", "explain", "bench", "plot", "report", "convert",
+)  # fmt: skip
 TINY = Network(
     name="tiny",
     stem=Stem(width=8),

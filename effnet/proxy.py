@@ -1,0 +1,78 @@
+"""How good would a network be? A short training from random weights, the same for every candidate.
+
+What the search for the coefficients asks (`coefficients.Evaluate`): accuracy on the validation images after `budget`
+epochs, without picking the best epoch. Every network is trained and judged at its own resolution.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from effnet.coefficients import Evaluate
+from effnet.network import build
+from effnet.recipes import Recipe
+from effnet.samples import Splits, by_class, deal
+from effnet.spec import Network
+from effnet.train import Interrupted, score, training
+from effnet.value import UsageError
+
+# A short run: the rate falls to zero within the budget, no average of weights that would lag behind.
+PROXY = Recipe(
+    name="proxy",
+    epochs=1,
+    batch=64,
+    optimizer="adamw",
+    lr=2e-3,
+    lr_batch=64,
+    warmup=0.2,
+    norm_momentum=0.1,
+    weight_decay=1e-2,
+    crop="resize",
+    precision="float32",
+)
+
+
+def fewer(splits: Splits, images: int, *, seed: int = 0) -> Splits:
+    """The same data with at most `images` training images, every class in its share; val and test stay whole."""
+    count = len(splits.train)
+    if images < len(splits.classes):
+        raise UsageError(f"{images} training images are fewer than the {len(splits.classes)} classes of {splits.name}.")
+    if images >= count:
+        return splits
+    strata = by_class(splits.train)
+    ends = np.rint(np.cumsum([len(rows) for rows in strata]) * images / count).astype(int)
+    kept, _ = deal(strata, [[int(size)] for size in np.diff(ends, prepend=0)], seed)
+    return Splits(
+        train=splits.train.subset(kept, "train"),
+        val=splits.val,
+        test=splits.test,
+        classes=splits.classes,
+        name=splits.name,
+        note=f"{splits.note} Trained on {images} of {count} images, drawn by class, seed {seed}.",
+    )
+
+
+def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", workers: int | None = None) -> Evaluate:
+    """The function `evaluate(network, seed, budget)`: validation accuracy after `budget` epochs of `recipe`.
+
+    The seed draws the weights, the order of the images and their views. `KeyboardInterrupt` when a signal stops it.
+    """
+
+    def evaluate(network: Any, seed: int, budget: int) -> float:
+        if not isinstance(network, Network):
+            raise UsageError(f"{network!r:.80} is no Network; train modules of your own in an evaluate of your own.")
+        model = build(network, generator=torch.Generator().manual_seed(seed))
+        short = recipe.replace(epochs=budget, seed=seed, warmup=min(recipe.warmup, budget / 4))
+        judged: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory(prefix="effnet-proxy-") as folder:
+            try:
+                for event in training(splits, model, short, Path(folder) / "run", device=device, workers=workers):
+                    judged = event.get("val", judged)
+            except Interrupted:
+                raise KeyboardInterrupt from None
+        return score(judged, short)
+
+    return evaluate
