@@ -47,7 +47,10 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(Value):
-    """`value`: the median of `n` calls, `spread` its 95 % interval; p95 and p99 with theirs. All in `unit`."""
+    """`value`: the median of `n` calls, `spread` its 95 % interval; p95 and p99 with theirs. All in `unit`.
+
+    `quickest`: the smallest median of a round, the machine at its quietest; latency tables predict that.
+    """
 
     name: str
     value: float
@@ -58,6 +61,7 @@ class Measurement(Value):
     p95_spread: Interval
     p99: float
     p99_spread: Interval
+    quickest: float
     environment: dict[str, Any]
 
 
@@ -177,6 +181,7 @@ def _measurement(name: str, times: np.ndarray, known: dict[str, Any]) -> Measure
         p95_spread=spreads[1],
         p99=values[2],
         p99_spread=spreads[2],
+        quickest=float(np.median(times, axis=1).min()),
         environment=known,
     )
 
@@ -303,6 +308,7 @@ def bench(
     fold: bool = False,
     rounds: int = 10,
     warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda done, total: None,
 ) -> Measured:
     """Latency of `batch` random images through each network in each backend, interleaved; random weights.
@@ -324,7 +330,7 @@ def bench(
                     raise UsageError(f"{name} is named twice.")
                 works[name] = BACKENDS[backend](model, images)
         about = {"batch": batch, "size": size, "precision": precision, "folded": fold, "backends": list(backends)}
-        return measure(works, rounds=rounds, warmup=warmup, progress=progress, about=about)
+        return measure(works, rounds=rounds, warmup=warmup, clock=clock, progress=progress, about=about)
 
 
 def random_images(network: Network, size: int, batch: int, precision: str) -> Tensor:

@@ -12,6 +12,7 @@ that too. A prediction is for the backend, precision, threads and quantity of it
 
 import functools
 import math
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -155,17 +156,35 @@ class LatencyTable(Value):
         return self._sum(self.features(network, size, batch))
 
     def features(self, network: Network, size: int | None = None, batch: int = 1) -> dict[str, Any]:
-        """What the factors multiply, for `network`: see the function of this name."""
-        return features(((unit, 1) for unit in resolve(network, size)), network, batch, self._once)
+        """What the factors multiply, for `network`: 1, and the sums of `features` over its units.
+
+        Units are remembered: the networks of a search share most of them.
+        """
+        units, setting = resolve(network, size), (network.activation, network.padding, network.stem.pool, batch)
+        total = [0.0] * len(FACTORS)
+        for unit, before in zip(units, (units[0], *units), strict=False):
+            key = (setting, _geometry(unit), before.out_channels, before.out_size)
+            found = self._known.get(key)
+            if found is None:
+                values = features(unit, before, network, batch, self.piece).values()
+                found = self._known[key] = tuple(float(value) for value in values)
+            total = [a + b for a, b in zip(total, found, strict=True)]
+        return dict(zip(FACTORS, total, strict=True)) | {"overhead": 1.0}
 
     def predictions(
         self, network: Network, *, width: Any = 1.0, depth: Any = 1.0, resolution: Any = None, batch: int = 1
     ) -> "np.ndarray":
         """Milliseconds of many scaled candidates: arguments as `cost.costs` takes them, values as `predict` gives."""
+        import numpy as np
+
         check_range("batch", batch, 1)
         width, depth, size = scalings(network, width, depth, resolution)
-        units = candidates(network, width.ravel(), depth.ravel(), size.ravel())
-        return self._sum(features(units, network, batch, self.piece)).reshape(width.shape)
+        total, before = dict.fromkeys(FACTORS, np.zeros(width.size)), None
+        for unit, times in candidates(network, width.ravel(), depth.ravel(), size.ravel()):
+            for name, value in features(unit, before, network, batch, self.piece).items():
+                total[name] = total[name] + times * value
+            before = unit
+        return self._sum(total | {"overhead": 1.0}).reshape(width.shape)
 
     def _sum(self, parts: dict[str, Any]) -> Any:
         return sum(self.factors[name] * value for name, value in parts.items())
@@ -176,18 +195,12 @@ class LatencyTable(Value):
             check_choice("operator", kind, self._grids)
         return self._grids[kind].at(*point)
 
-    def _once(self, kind: str, point: tuple[Any, ...]) -> float:
-        """`piece`, remembered: the networks of a search share most of their operators."""
-        if (kind, point) not in self._known:
-            self._known[kind, point] = float(self.piece(kind, point))
-        return self._known[kind, point]
-
     @functools.cached_property
     def _grids(self) -> dict[str, Grid]:
         return {grid.kind: grid for grid in self.grids}
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[str, tuple[Any, ...]], float]:
+    def _known(self) -> dict[tuple[Any, ...], tuple[float, ...]]:
         return {}
 
 
@@ -258,26 +271,24 @@ def _coordinates(conv: Conv, unit: Unit, pixels: Any) -> tuple[Any, ...]:
     return *kernel, conv.in_channels, conv.out_channels, pixels
 
 
-def features(units: Any, network: Network, batch: int, look_up: Any) -> dict[str, Any]:
-    """What the factors multiply: 1, the number of units, and the milliseconds of operators by their nature.
+def features(unit: Unit, before: Unit | None, network: Network, batch: int, look_up: Any) -> dict[str, Any]:
+    """What the factors multiply: one unit, and the milliseconds of its operators by their nature; numbers or arrays.
 
     `dense`: convolutions over all channels, and the classifier; `depthwise`; `norm`; `gate`: squeeze-excite; `map`: all
-    other work on maps. `units`: pairs (unit, how often). Sums over them, of numbers or of arrays.
+    other work on maps, with the pooling of the unit `before` a classifier.
     """
-    total: dict[str, Any] = dict.fromkeys(FACTORS, 0.0) | {"overhead": 1.0}
-    last: Any = None
-    for unit, times in units:
-        total["unit"] = total["unit"] + times
-        for kind, point, there in pieces(unit, network, batch):
-            name = _FACTOR_OF.get(kind.partition("/")[0], "map")
-            total[name] = total[name] + times * there * look_up(kind, point)
-        if unit.op == "classifier":
-            pixels = batch * last.out_size * last.out_size
-            total["map"] = total["map"] + look_up("mean", (last.out_channels, pixels))
-        last = unit
+    total: dict[str, Any] = dict.fromkeys(FACTORS, 0.0) | {"unit": 1.0}
+    for kind, point, there in pieces(unit, network, batch):
+        name = _FACTOR_OF.get(kind.partition("/")[0], "map")
+        total[name] = total[name] + there * look_up(kind, point)
+    if unit.op == "classifier" and before is not None:
+        total["map"] = look_up("mean", (before.out_channels, batch * before.out_size * before.out_size))
     return total
 
 
+_geometry = operator.attrgetter(
+    "op", "in_channels", "mid_channels", "squeeze_channels", "out_channels", "kernel", "stride", "in_size", "shortcut"
+)
 _FACTOR_OF = dict.fromkeys(("pointwise", "dense", "stem", "linear"), "dense") | {
     name: name for name in ("depthwise", "norm", "gate")
 }

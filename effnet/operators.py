@@ -5,8 +5,9 @@ and channels-last, as `bench` runs models. Two things make an operator alone qui
 the weights are others at every call, so that they are not in the cache already, while the input is, as in a network;
 and what is left of the difference is fitted on whole networks.
 
-Other programs only ever make a call slower. So everything, networks included, is visited several times with minutes in
-between, in random order, and of the medians of these visits the quickest counts: the table is of a quiet machine.
+Other programs only ever make a call slower. So with one thread the clock is that thread's own, and everything, networks
+included, is visited several times with a minute or so in between, in random order; of the medians of these visits the
+quickest counts. The table is of a quiet machine.
 """
 
 import functools
@@ -72,6 +73,7 @@ def build_table(
     known, judges = random_networks(*FITTED_ON), random_networks(*JUDGED_ON)
     nodes: list[Any] = [(kind, shape) for kind in NODES for shape in _shapes(kind) if _is_measured(kind, shape)]
     quickest: dict[Any, float] = {}
+    clock = time.thread_time if threads == 1 else time.perf_counter
     with controlled(threads):
         operators = Operators(precision, seed)
         runs = {network.name: _run(network, precision) for network in (*known, *judges)}
@@ -79,7 +81,7 @@ def build_table(
         for turn in range(PASSES):
             for step, key in enumerate(random.Random(seed + turn).sample(todo, len(todo))):
                 calls = [runs[key]] * CALLS if isinstance(key, str) else operators.calls(*key)
-                quickest[key] = min(quickest.get(key, math.inf), _milliseconds(calls))
+                quickest[key] = min(quickest.get(key, math.inf), _milliseconds(calls, clock))
                 progress(turn * len(todo) + step + 1, PASSES * len(todo))
     table = LatencyTable(
         device=str(environment()["processor"]),
@@ -102,14 +104,14 @@ def _run(network: Network, precision: str) -> Callable[[], Any]:
     return BACKENDS["eager"](ready(network, precision=precision), images)
 
 
-def _milliseconds(calls: Sequence[Callable[[], Any]]) -> float:
+def _milliseconds(calls: Sequence[Callable[[], Any]], clock: Callable[[], float]) -> float:
     """The median of the calls, after the first has been made once more."""
     calls[0]()
     times = []
     for call in calls:
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
 

@@ -17,6 +17,7 @@ from effnet.words import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK = "#7d7d7d"  # contrast of about 4 to both white and black
@@ -29,7 +30,7 @@ COLOURS = {
     OTHERS: INK,
 }
 SUFFIXES = (".png", ".svg", ".pdf")
-FONT, SMALL = 10, 8
+SMALL = 8
 
 # where a label may stand, in order: offset in points, and which of its corners or sides is there
 PLACES = (
@@ -44,8 +45,7 @@ def pareto(found: Sequence[Point], axis: str, path: Path, *, note: str = "") -> 
 
     Full points: cost computed by us; hollow ones: cost as printed in their source. The front is the broad band.
     """
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
+    check_file(path)
     if not found:
         raise UsageError("there are no points to draw.")
     best = front(found)
@@ -54,7 +54,7 @@ def pareto(found: Sequence[Point], axis: str, path: Path, *, note: str = "") -> 
     axes.set_xscale("log")
     axes.set_xlabel(AXES[axis], color=INK)
     axes.set_ylabel("ImageNet top-1 in %, as published", color=INK)
-    axes.set_title(_title(axis, note), color=INK, fontsize=FONT, loc="left")
+    axes.set_title(_title(axis, note), color=INK, fontsize=SMALL, loc="left")
     axes.plot(
         [point.x for point in best], [point.top1 for point in best],
         color=INK, alpha=0.3, linewidth=9, solid_capstyle="round", solid_joinstyle="round", zorder=1,
@@ -62,11 +62,43 @@ def pareto(found: Sequence[Point], axis: str, path: Path, *, note: str = "") -> 
     for family in dict.fromkeys(point.family for point in found):
         _family(axes, family, [point for point in found if point.family == family])
     axes.margins(x=0.12, y=0.08)
-    _numbers(axes)
+    _numbers(axes.xaxis)
+    _quiet(axes)
     _label(figure, axes, found)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160, transparent=True)
+    _save(figure, path)
     return best
+
+
+def agreement(
+    names: Sequence[str], predicted: Sequence[float], measured: Sequence[float], path: Path, title: str
+) -> None:
+    """Draws predicted against measured milliseconds of networks, the diagonal and a band of 10 %, into `path`.
+
+    A colour per family, named in the empty corner: the first of `COLOURS` by small letters that a name begins with.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.set(xscale="log", yscale="log", aspect="equal")
+    axes.set_xlabel("measured ms", color=INK)
+    axes.set_ylabel("predicted ms", color=INK)
+    axes.set_title(title, color=INK, fontsize=SMALL, loc="left")
+    ends = [0.8 * min(*predicted, *measured), 1.25 * max(*predicted, *measured)]
+    axes.plot(ends, ends, color=INK, linewidth=1)
+    axes.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color=INK, alpha=0.2, linewidth=0)
+    prefixes = {family.lower().replace(" ", "_"): colour for family, colour in COLOURS.items() if family != OTHERS}
+    families = [
+        next((prefix for prefix in sorted(prefixes, key=len, reverse=True) if name.startswith(prefix)), OTHERS)
+        for name in names
+    ]
+    for row, family in enumerate(sorted(set(families))):
+        mine, colour = [i for i, name in enumerate(families) if name == family], prefixes.get(family, INK)
+        axes.scatter([measured[i] for i in mine], [predicted[i] for i in mine], s=26, color=colour, zorder=3)
+        axes.text(0.03, 0.96 - 0.045 * row, family, color=colour, fontweight="bold", va="top", transform=axes.transAxes)
+    axes.set(xlim=ends, ylim=ends)
+    _numbers(axes.xaxis)
+    _numbers(axes.yaxis)
+    _quiet(axes)
+    _save(figure, path)
 
 
 def _title(axis: str, note: str) -> str:
@@ -90,18 +122,33 @@ def _family(axes: "Axes", family: str, members: Sequence[Point]) -> None:
     axes.scatter(x, y, s=26, facecolors=filled, edgecolors=colour, linewidths=1.2, zorder=3)
 
 
-def _numbers(axes: "Axes") -> None:
-    """Few ticks in readable numbers, faint lines to read values by, no frame."""
+def _numbers(axis: "Axis") -> None:
+    """Few ticks in readable numbers on a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _quiet(axes: "Axes") -> None:
+    """Faint lines to read values by, no frame."""
     axes.tick_params(colors=INK, which="both", length=0)
     axes.grid(color=INK, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160, transparent=True)
+
+
+def check_file(path: Path) -> None:
+    """`UsageError` for a figure file of another kind than we write."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} ends in none of {', '.join(SUFFIXES)}.")
 
 
 def _label(figure: "Figure", axes: "Axes", found: Sequence[Point]) -> None:

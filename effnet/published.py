@@ -17,7 +17,7 @@ AXES = {
     "params": "parameters",
     "macs": "multiply-adds of one image",
     "activations": "activations of one image",
-    "latency_ms": "latency of one image in ms",
+    "latency_ms": "predicted latency of one image in ms",
 }
 V1_TABLE_2 = "Tan & Le 2019 (arXiv v5), Table 2"
 V1_TABLE_3 = "Tan & Le 2019 (arXiv v5), Table 3"

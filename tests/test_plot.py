@@ -118,6 +118,21 @@ def test_svg_and_bad_files(tmp_path: Path) -> None:
         pareto([], "params", tmp_path / "x.png")
 
 
+def test_predictions_beside_measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A colour per family, and the point of each network where its two times say."""
+    kept: list[Figure] = []
+    real = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda: kept.append(real()) or kept[-1])
+    names = ["efficientnet_b0 x", "efficientnet_lite0", "efficientnetv2_b0", "resnet18", "mnasnet_a1", "resnet50"]
+    plots.agreement(names, [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], tmp_path / "figures" / "a.svg", "title")
+    (axes,) = kept[0].axes
+    drawn = {tuple(offset) for c in axes.collections if len(c.get_offsets()) for offset in c.get_offsets().tolist()}
+    assert {(6.0, 1.0), (5.0, 2.0), (4.0, 3.0), (3.0, 4.0), (2.0, 5.0), (1.0, 6.0)} <= drawn
+    named = [text.get_text() for text in axes.texts]
+    assert named == ["efficientnet", "efficientnet_lite", "efficientnetv2", "other", "resnet"]
+    assert (tmp_path / "figures" / "a.svg").is_file()
+
+
 def test_the_command_draws_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFNET_CACHE", str(tmp_path))
     out = tmp_path / "p.svg"
