@@ -5,6 +5,7 @@ epochs, without picking the best epoch. Every network is trained and judged at i
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from effnet.coefficients import Evaluate
 from effnet.network import build
 from effnet.recipes import Recipe
-from effnet.samples import Splits, by_class, deal
+from effnet.samples import Source, Splits, by_class, deal
 from effnet.spec import Network
 from effnet.train import Interrupted, score, training
 from effnet.value import UsageError
@@ -36,23 +37,24 @@ PROXY = Recipe(
 
 
 def fewer(splits: Splits, images: int, *, seed: int = 0) -> Splits:
-    """The same data with at most `images` training images, every class in its share; val and test stay whole."""
-    count = len(splits.train)
+    """The same data with at most `images` images to train on and as many to validate on, every class in its share.
+
+    `UsageError` for fewer images than classes.
+    """
     if images < len(splits.classes):
         raise UsageError(f"{images} training images are fewer than the {len(splits.classes)} classes of {splits.name}.")
-    if images >= count:
-        return splits
-    strata = by_class(splits.train)
-    ends = np.rint(np.cumsum([len(rows) for rows in strata]) * images / count).astype(int)
+    note = f"{splits.note} At most {images} images to train on and to validate on, drawn by class, seed {seed}."
+    val = None if splits.val is None else _drawn(splits.val, images, seed)
+    return replace(splits, train=_drawn(splits.train, images, seed), val=val, note=note)
+
+
+def _drawn(source: Source, images: int, seed: int) -> Source:
+    if images >= len(source):
+        return source
+    strata = by_class(source)
+    ends = np.rint(np.cumsum([len(rows) for rows in strata]) * images / len(source)).astype(int)
     kept, _ = deal(strata, [[int(size)] for size in np.diff(ends, prepend=0)], seed)
-    return Splits(
-        train=splits.train.subset(kept, "train"),
-        val=splits.val,
-        test=splits.test,
-        classes=splits.classes,
-        name=splits.name,
-        note=f"{splits.note} Trained on {images} of {count} images, drawn by class, seed {seed}.",
-    )
+    return source.subset(kept)
 
 
 def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", workers: int | None = None) -> Evaluate:
