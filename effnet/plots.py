@@ -9,7 +9,9 @@ Source of the first figure: Figures 1 and 5 of Tan & Le 2019 (accuracy against p
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from effnet.published import AXES, OTHERS, Point, front
 from effnet.value import UsageError
@@ -154,15 +156,17 @@ def check_file(path: Path) -> None:
 def _label(figure: "Figure", axes: "Axes", found: Sequence[Point]) -> None:
     """A name at every point, where it covers neither a point nor another name; the last of a family says the family.
 
-    Greedy: the places around a point are tried in order, and the one that covers least is taken.
+    Greedy: the places around a point are tried in order, and the one that covers least is taken. Boxes are
+    (left, bottom, right, top) in pixels.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # fixes the layout, so that pixels mean something
-    taken = [_around(axes, (point.x, point.top1), 5) for point in found]
-    taken += [_around(axes, place, 1.5) for line in axes.lines[1:] for place in _along(line.get_xydata())]
-    frame = axes.get_window_extent(renderer)
+    places = axes.transData.transform([(point.x, point.top1) for point in found])
+    lines = [axes.transData.transform(line.get_xydata()) for line in axes.lines[1:]]
+    taken = np.concatenate([_around(places, 5), *(_around(_along(line), 1.5) for line in lines)])
+    frame = np.array([axes.get_window_extent(renderer).extents])
     last = {point.family: point for point in sorted(found, key=lambda point: point.x) if point.family != OTHERS}
     for point in sorted(found, key=lambda point: (last.get(point.family) is not point, point.family == OTHERS)):
         is_last = last.get(point.family) is point
@@ -170,47 +174,38 @@ def _label(figure: "Figure", axes: "Axes", found: Sequence[Point]) -> None:
             point.name if is_last else point.label, (point.x, point.top1), (0, 0), textcoords="offset points",
             color=COLOURS.get(point.family, INK), fontsize=SMALL, fontweight="bold" if is_last else "normal", zorder=4,
         )  # fmt: skip
-        size = text.get_window_extent(renderer)
-        boxes = {place: _box(axes, point, place, size, figure.dpi / 72) for place in PLACES}
-        place = min(boxes, key=lambda place: _covered(boxes[place], taken, frame))
+        extent = text.get_window_extent(renderer)
+        x, y = axes.transData.transform((point.x, point.top1))
+        boxes = {place: _box(x, y, place, extent.width, extent.height, figure.dpi / 72) for place in PLACES}
+        outside = {place: extent.width * extent.height - overlap(box, frame) for place, box in boxes.items()}
+        place = min(boxes, key=lambda place: overlap(boxes[place], taken) + 4 * outside[place])
         dx, dy, horizontal, vertical = place
         text.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
-        taken.append(boxes[place])
+        taken = np.vstack([taken, boxes[place]])
 
 
-def _box(axes: "Axes", point: Point, place: tuple[int, int, str, str], size: Any, scale: float) -> Any:
-    """The pixels of a text of that size at that place."""
-    from matplotlib.transforms import Bbox
-
+def _box(x: float, y: float, place: tuple[int, int, str, str], width: float, height: float, scale: float) -> np.ndarray:
+    """The box of a text of that size at that place about (x, y)."""
     dx, dy, horizontal, vertical = place
-    x, y = axes.transData.transform((point.x, point.top1))
-    x += scale * dx - size.width * {"left": 0, "center": 0.5, "right": 1}[horizontal]
-    y += scale * dy - size.height * {"bottom": 0, "center": 0.5, "top": 1}[vertical]
-    return Bbox.from_bounds(x, y, size.width, size.height)
+    left = x + scale * dx - width * {"left": 0, "center": 0.5, "right": 1}[horizontal]
+    bottom = y + scale * dy - height * {"bottom": 0, "center": 0.5, "top": 1}[vertical]
+    return np.array([left, bottom, left + width, bottom + height])
 
 
-def _covered(box: Any, taken: Sequence[Any], frame: Any) -> float:
-    """How much a name at `box` covers, what sticks out of the frame counting fourfold."""
-    outside = box.width * box.height - _overlap(box, frame)
-    return sum(_overlap(box, other) for other in taken) + 4 * outside
+def _around(places: np.ndarray, reach: float) -> np.ndarray:
+    return np.concatenate([places - reach, places + reach], axis=1)
 
 
-def _around(axes: "Axes", place: Any, reach: float) -> Any:
-    from matplotlib.transforms import Bbox
-
-    x, y = axes.transData.transform(place)
-    return Bbox.from_extents(x - reach, y - reach, x + reach, y + reach)
+def _along(corners: np.ndarray, steps: int = 40) -> np.ndarray:
+    """Places on a line through `corners`, (n, 2)."""
+    return np.concatenate([np.linspace(a, b, steps) for a, b in itertools.pairwise(corners)])
 
 
-def _along(corners: Any, steps: int = 40) -> Any:
-    """Places on a line through `corners`, even on a logarithmic x-axis."""
-    return [
-        (a[0] ** (1 - part) * b[0] ** part, a[1] * (1 - part) + b[1] * part)
-        for a, b in itertools.pairwise(corners)
-        for part in (step / steps for step in range(steps))
-    ]
+def overlap(box: np.ndarray, others: np.ndarray) -> float:
+    """The area that `box` shares with the boxes `others` (n, 4), summed.
 
-
-def _overlap(a: Any, b: Any) -> float:
-    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(width, 0) * max(height, 0)
+    >>> overlap(np.array([0, 0, 2, 2]), np.array([[1, 1, 5, 5], [-1, 0, 1, 1], [7, 7, 8, 8]]))
+    2.0
+    """
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(np.maximum(sides, 0).prod(axis=1).sum())

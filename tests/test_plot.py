@@ -100,12 +100,13 @@ def test_no_name_lies_on_another(axis: str, monkeypatch: pytest.MonkeyPatch, tmp
     texts = figure.axes[0].texts
     assert len(texts) == len(found)
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in texts]
+    boxes = [text.get_window_extent().extents for text in texts]
     frame = figure.bbox
     for i, box in enumerate(boxes):
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1, texts[i].get_text()
+        assert frame.x0 <= box[0] and box[2] <= frame.x1, texts[i].get_text()
         for j in range(i):
-            shared = plots._overlap(box, boxes[j]) / min(box.width * box.height, boxes[j].width * boxes[j].height)
+            smaller = min(float(np.prod(one[2:] - one[:2])) for one in (box, boxes[j]))
+            shared = plots.overlap(box, boxes[j][None]) / smaller
             assert shared < 0.2, (texts[i].get_text(), texts[j].get_text())
 
 
