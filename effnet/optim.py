@@ -76,7 +76,7 @@ def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> t
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, foreach=True)
-    return torch.optim.AdamW(groups, lr=recipe.lr, foreach=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
 
 
 def set_learning(model: nn.Module, *, freeze: int = 0, head_only: bool = False) -> None:

@@ -378,7 +378,8 @@ def _end_of_epoch(splits: Splits, todo: Plan, state: State, place: Place, out: P
     """Judges the epoch on the validation images, keeps the best model and the state to go on from."""
     clock = time.perf_counter()
     assert splits.val is not None
-    judged = evaluate(state.evaluated, splits.val, batch=todo.recipe.batch, device=device, bootstrap=0)
+    with precision_context(todo.precision, device):
+        judged = evaluate(state.evaluated, splits.val, batch=todo.recipe.batch, device=device, bootstrap=0)
     value = score(judged.metrics, todo.recipe)
     better = value >= state.best  # of equals the later one: it has seen more
     state.since_best = 0 if value > state.best else state.since_best + 1

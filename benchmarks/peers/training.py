@@ -1,0 +1,170 @@
+"""How fast is a training step beside timm's, and how much memory does it take?
+
+For each of the three settings the step of the same network, batch and optimizer (TensorFlow-style RMSProp, momentum
+0.9) is timed in one process, the variants interleaved A B C C B A, so that a change of the machine's speed hits all;
+a ratio is the median of the rounds' ratios. Images are random, never zero; denormals are flushed for all.
+
+    timm float32            timm 1.0.31 as it comes: eager, contiguous, its RMSpropTF
+    timm float32 cl         the same, channels last
+    timm bfloat16 cl        channels last under bfloat16 autocast: the best that eager timm can do
+    effnet float32          this package, channels last, compiled operators
+    effnet bfloat16         the same under autocast: what `effnet train` chooses on a CPU with AMX
+    effnet bfloat16 plain   without a compiler (EFFNET_NATIVE=0)
+
+Peak memory is that of a process of its own that makes three steps (the high-water mark of resident memory).
+
+Run in the peers' environment (README.md beside this file), on a machine that does nothing else, from the root:
+
+    OMP_NUM_THREADS=2 benchmarks/peers/.venv/bin/python -m benchmarks.peers.training [--settings b0-224 ...]
+
+Prints a table and writes results/training_peers.json.
+"""
+
+import argparse
+import functools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.peers.compare import torchvision_operators
+from effnet import families, native
+from effnet.network import build
+from effnet.optim import RMSProp
+from effnet.plan import environment, precision_context
+
+ROOT = Path(__file__).resolve().parents[2]
+# name: timm's network, ours, size in px, batch, goal (times timm float32)
+SETTINGS = {
+    "b0-224": ("efficientnet_b0", "efficientnet_b0", 224, 32, 4.0),
+    "b0-128": ("efficientnet_b0", "efficientnet_b0", 128, 64, 4.0),
+    "v2s-128": ("tf_efficientnetv2_s", "tf_efficientnetv2_s", 128, 32, 3.0),
+}
+VARIANTS = (
+    "timm float32",
+    "timm float32 cl",
+    "timm bfloat16 cl",
+    "effnet float32",
+    "effnet bfloat16",
+    "effnet bfloat16 plain",
+)
+
+
+operators = functools.cache(torchvision_operators)  # defined once, and kept
+
+
+def stepper(variant: str, setting: str) -> Callable[[], float]:
+    """A function that makes one training step and returns its loss."""
+    theirs, ours, size, batch, _ = SETTINGS[setting]
+    peer, bfloat16 = variant.startswith("timm"), "bfloat16" in variant
+    torch.manual_seed(0)
+    if peer:
+        operators()
+        import timm
+        from timm.optim import RMSpropTF
+
+        model = timm.create_model(theirs, num_classes=1000)
+        optimizer = RMSpropTF(model.parameters(), lr=1e-3, momentum=0.9, alpha=0.9, eps=1e-3)
+    else:
+        model = build(families.get(ours))
+        optimizer = RMSProp(model.parameters(), lr=1e-3)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    if variant != "timm float32":
+        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    model.train()
+
+    def step() -> float:
+        os.environ["EFFNET_NATIVE"] = "0" if "plain" in variant else "1"
+        with precision_context("bfloat16" if bfloat16 else "float32", "cpu"):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def timed(setting: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per step, by variant: after two steps that do not count, one of each in both directions per round."""
+    steps = {variant: stepper(variant, setting) for variant in VARIANTS}
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for step in steps.values():
+        step(), step()
+    for _ in range(rounds):
+        for variant in (*VARIANTS, *reversed(VARIANTS)):
+            start = time.perf_counter()
+            steps[variant]()
+            seconds[variant].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_bytes(variant: str, setting: str) -> int:
+    """High-water mark of a fresh process that makes three steps."""
+    command = [sys.executable, "-m", "benchmarks.peers.training", "--peak", variant, "--settings", setting]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(run.stdout.splitlines()[-1])
+
+
+def row(setting: str, rounds: int) -> dict:
+    seconds = timed(setting, rounds)
+    base = seconds["timm float32"]
+    batch = SETTINGS[setting][3]
+    found = {"setting": setting, "goal": SETTINGS[setting][4], "batch": batch, "size_px": SETTINGS[setting][2]}
+    found["variants"] = {
+        variant: {
+            "images_per_s": batch / statistics.median(times),
+            "times_timm_float32": statistics.median(b / t for b, t in zip(base, times, strict=True)),
+            "peak_bytes": peak_bytes(variant, setting),
+        }
+        for variant, times in seconds.items()
+    }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "training_peers.json")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    if args.peak:
+        if args.peak.startswith("effnet"):
+            native.keep_freed_memory()  # as `effnet train` does
+        step = stepper(args.peak, args.settings[0])
+        for _ in range(3):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    rows = []
+    for setting in args.settings:
+        rows.append(row(setting, args.rounds))
+        base = rows[-1]["variants"]["timm float32"]["peak_bytes"]
+        print(f"\n{setting}, batch {rows[-1]['batch']}; goal {rows[-1]['goal']:g}x and 0.6x the memory")
+        for variant, one in rows[-1]["variants"].items():
+            print(
+                f"  {variant:24} {one['images_per_s']:7.1f} img/s {one['times_timm_float32']:6.2f} x"
+                f"   peak {one['peak_bytes'] / 1e6:6.0f} MB {one['peak_bytes'] / base:5.2f} x",
+                flush=True,
+            )
+    document = {
+        "rounds": args.rounds,
+        "environment": environment() | {"threads": torch.get_num_threads()},
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
