@@ -1,0 +1,412 @@
+"""Compound scaling against depth, width and resolution alone, at equal realised multiply-adds, on two cores.
+
+Claim     Tan & Le 2019, Table 3 and Figure 8: at the same multiply-adds, scaling all three dimensions is better than
+          scaling any one of them, for EfficientNet, MobileNet and ResNet baselines alike. And step 1: coefficients
+          that were searched for on a baseline are better for it, at a larger budget, than those found on B0.
+Protocol  Three baselines of 0.7 to 1.8 M multiply-adds at 32 px (4 times that at 64 px), written as rows below; widths
+          in multiples of 2 and layers rounded to the nearest, so that a budget can be met. Each is fitted
+          (effnet.fitting, hard limits) to 2 and 4 times its own multiply-adds along four ways. Realised costs stand in
+          the table: rounding leaves some ways below the limit.
+          The same short recipe from random weights for all; test accuracy of the last epoch; seeds 0, 1, 2, which draw
+          weights and order. Intervals are Student's t over seeds (95 %), differences to compound are paired by seed.
+          Fashion-MNIST: 6,000 of its training images (--images), 28 px scaled up, so resolution adds no information.
+          ELPV cells (300 px, module-wise split): 64 px baselines, where it does; weighted accuracy.
+Command   python experiments/compound.py run --jobs 2
+          python experiments/compound.py search && python experiments/compound.py run --jobs 2 --step2
+          python experiments/compound.py table; python experiments/compound.py figure
+Time      (to be filled in from results/compound.jsonl)
+Outcome   (to be filled in)
+
+A row of results/compound.jsonl per run; what is there is not run again. ELPV: CC BY-NC-SA 4.0, see experiments/elpv.py.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from effnet.coefficients import t_interval
+from effnet.cost import cost
+from effnet.fitting import fit
+from effnet.scaling import PAPER, Coefficients
+from effnet.spec import Head, Network, Preprocess, Rounding, Stage, Stem
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "compound.jsonl"
+STUDY = ROOT / "results" / "compound-search.jsonl"
+FIGURE = ROOT / "docs" / "figures" / "compound.png"
+WAYS = ("compound", "depth", "width", "resolution")
+BUDGETS = (2, 4)
+# classes, px of the baseline, epochs, the metric, and how an image is seen in training
+DATA: dict[str, dict[str, Any]] = {
+    "fashion-mnist": {"classes": 10, "px": 32, "epochs": 8, "metric": "accuracy", "crop": "resize"},
+    "elpv-modules": {"classes": 2, "px": 64, "epochs": 12, "metric": "weighted_accuracy", "crop": "dihedral"},
+}
+
+
+def rows(name: str, stages: tuple[Stage, ...], activation: Any, head: int, stem: int = 8) -> Network:
+    """A baseline at 32 px with 10 classes."""
+    return Network(
+        name=name,
+        stem=Stem(width=stem),
+        stages=stages,
+        head=Head(width=head, classes=10),
+        resolution=32,
+        preprocess=Preprocess(size=32, resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        activation=activation,
+        rounding=Rounding(divisor=2, depth="round"),
+    )
+
+
+BASELINES = {
+    "efficientnet-like": rows(
+        "efficientnet-like",
+        (
+            Stage(op="mbconv", repeats=1, width=8, stride=1, se=0.25),
+            Stage(op="mbconv", repeats=3, width=12, stride=2, expand=4, se=0.25),
+            Stage(op="mbconv", repeats=3, width=20, stride=2, expand=4, kernel=5, se=0.25),
+            Stage(op="mbconv", repeats=3, width=32, stride=2, expand=4, se=0.25),
+        ),
+        "silu",
+        96,
+    ),
+    "mobilenetv2-like": rows(
+        "mobilenetv2-like",
+        (
+            Stage(op="mbconv", repeats=1, width=8, stride=1),
+            Stage(op="mbconv", repeats=3, width=12, stride=2, expand=4),
+            Stage(op="mbconv", repeats=3, width=20, stride=2, expand=4),
+            Stage(op="mbconv", repeats=3, width=32, stride=2, expand=4),
+        ),
+        "relu6",
+        96,
+    ),
+    "resnet-like": rows(
+        "resnet-like",
+        (
+            # no width below 16: torch 2.13 corrupts memory in the backward pass of a 1x1 convolution of stride 2 on 8
+            # or 12 channels (channels-last, maps of 60 px and more)
+            Stage(op="basic", repeats=1, width=16, stride=2),
+            Stage(op="basic", repeats=2, width=20, stride=1),
+            Stage(op="basic", repeats=2, width=32, stride=2),
+        ),
+        "relu",
+        head=0,
+        stem=16,
+    ),
+}
+
+
+def baseline(name: str, data: str) -> Network:
+    """The baseline for a data set: its classes, its size."""
+    network, about = BASELINES[name], DATA[data]
+    px = about["px"]
+    network = network.with_classes(about["classes"])
+    return network.replace(resolution=px, preprocess=network.preprocess.with_size(px))
+
+
+def fitted(name: str, data: str, way: str, budget: int, coefficients: Coefficients) -> Network:
+    """The baseline itself (budget 1), or fitted to `budget` times its multiply-adds.
+
+    Compound (`found` too) is fitted "free": the compound ray, and what rounding leaves of the budget goes to whichever
+    dimension can still rise. Otherwise whole layers of such small networks would leave it up to a quarter short.
+    """
+    network = baseline(name, data)
+    if budget == 1:
+        return network
+    along = "free" if way in ("compound", "found") else way
+    return fit(network, {"macs": budget * cost(network).macs}, along, coefficients).network
+
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    """Trains one network from random weights and judges its last epoch on the test images."""
+    import torch
+
+    from effnet.checkpoint import load, to_model
+    from effnet.data import open_data
+    from effnet.evaluate import evaluate
+    from effnet.network import build
+    from effnet.plan import environment
+    from effnet.proxy import PROXY, fewer
+    from effnet.train import train
+
+    started, about = time.perf_counter(), DATA[job["data"]]
+    network = fitted(job["baseline"], job["data"], job["way"], job["budget"], Coefficients(*job["coefficients"]))
+    recipe = PROXY.replace(
+        name="compound", epochs=job["epochs"], seed=job["seed"], crop=about["crop"], warmup=min(1.0, job["epochs"] / 4)
+    )
+    splits = open_data(job["data"], split_seed=0)
+    if job["images"]:
+        splits = fewer(splits, job["images"])
+    assert splits.test is not None
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        model = build(network, generator=torch.Generator().manual_seed(job["seed"]))
+        training = time.perf_counter()
+        train(splits, model, recipe, out, workers=0)
+        trained = time.perf_counter() - training
+        judged = evaluate(to_model(load(out / "last.safetensors")), splits.test, bootstrap=0, workers=0)
+    spent = cost(network)
+    return job | {
+        "network": network.to_dict(),
+        "px": network.resolution,
+        "macs": spent.macs,
+        "params": spent.params,
+        "share_of_limit": spent.macs / (job["budget"] * cost(baseline(job["baseline"], job["data"])).macs),
+        "train_images": len(splits.train),
+        "images_per_s": round(len(splits.train) * job["epochs"] / trained, 1),
+        "test": judged.metrics,
+        "recipe": recipe.to_dict(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": environment("cpu"),
+    }
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs that the command line asks for, cheap ones first."""
+    found = []
+    for data, name, seed in itertools.product(args.data, args.baselines, args.seeds):
+        ways = [("baseline", 1), *itertools.product(args.ways, args.budgets)]
+        coefficients = {way: PAPER for way, _ in ways}
+        if args.step2:
+            coefficients |= {"found": found_coefficients(args.study)}
+            ways = [("found", budget) for budget in args.budgets]
+        for way, budget in ways:
+            found.append(
+                {
+                    "data": data,
+                    "baseline": name,
+                    "way": way,
+                    "budget": budget,
+                    "seed": seed,
+                    "epochs": args.epochs or DATA[data]["epochs"],
+                    "images": args.images if data == "fashion-mnist" else 0,
+                    "coefficients": list(coefficients[way].to_dict().values()),
+                }
+            )
+    return sorted(found, key=lambda job: (job["seed"], job["budget"], job["data"], job["baseline"]))
+
+
+KEYS = ("data", "baseline", "way", "budget", "seed", "epochs", "images", "coefficients")
+
+
+def identity(row: dict[str, Any]) -> str:
+    return json.dumps([row[key] for key in KEYS])
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line that a kill tore is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def run(args: argparse.Namespace) -> None:
+    """All runs that are not in the results yet, `--jobs` at a time, each a process with one thread."""
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    if args.results.exists() and not args.results.read_text().endswith("\n"):
+        whole = args.results.read_bytes()
+        args.results.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    done = {identity(row) for row in read(args.results)}
+    todo = [job for job in jobs(args) if identity(job) not in done]
+    print(f"{len(todo)} runs to do, {len(done)} in {args.results}", flush=True)
+    started = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for number, line in enumerate(pool.map(lambda job: subrun(job, args.results), todo), start=1):
+            left = (time.perf_counter() - started) / number * (len(todo) - number)
+            print(f"{number}/{len(todo)} {line}; about {left / 60:.0f} min left", flush=True)
+
+
+def subrun(job: dict[str, Any], results: Path) -> str:
+    """One run in a process of its own; its line is appended when it has finished."""
+    command = [sys.executable, __file__, "one", json.dumps(job)]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    words = f"{job['data']} {job['baseline']} {job['way']} x{job['budget']} seed {job['seed']}"
+    if finished.returncode:
+        return f"{words}: FAILED\n{finished.stderr[-2000:]}"
+    line = finished.stdout.strip().splitlines()[-1]
+    with open(results, "a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    row = json.loads(line)
+    return f"{words}: {row['test'][DATA[row['data']]['metric']]:.4f}, {row['macs']:,} MACs, {row['seconds']} s"
+
+
+# --- step 1 ---------------------------------------------------------------------------------------------------------
+
+
+def search(args: argparse.Namespace) -> None:
+    """Alpha, beta and gamma for one baseline at twice its cost; goes on where it was stopped."""
+    import torch
+
+    from effnet.coefficients import search_coefficients
+    from effnet.data import open_data
+    from effnet.heat_map import heat_map
+    from effnet.proxy import PROXY, fewer, proxy
+
+    torch.set_num_threads(args.jobs)
+    splits = fewer(open_data("fashion-mnist", split_seed=0), args.images)
+    found = search_coefficients(
+        baseline(args.baselines[0], "fashion-mnist"),
+        proxy(splits, PROXY.replace(crop="resize"), workers=0),
+        2.0,
+        budget=args.epochs or DATA["fashion-mnist"]["epochs"],
+        seeds=len(args.seeds),
+        tolerance=args.tolerance,
+        study=args.study,
+        about={"images": args.images},
+        progress=lambda done, total, words: print(f"{done}/{total} {words}", flush=True),
+    )
+    heat_map(found, FIGURE.with_name("compound-search.png"))
+    args.study.with_suffix(".json").write_text(found.to_json())
+    for standing in found.standings[: found.rungs[-1].candidates]:
+        c, tie = standing.candidate.coefficients, " tie" if standing.tie else ""
+        print(f"{c.alpha:g} {c.beta:g} {c.gamma:.4f}  {standing.mean:.4f} {standing.interval}{tie}")
+
+
+def found_coefficients(study: Path) -> Coefficients:
+    """The winner of `search`."""
+    kept = study.with_suffix(".json")
+    if not kept.exists():
+        sys.exit(f"{kept} does not exist: run `compound.py search` first")
+    return Coefficients.from_dict(json.loads(kept.read_text())["standings"][0]["candidate"]["coefficients"])
+
+
+# --- what came out --------------------------------------------------------------------------------------------------
+
+
+def groups(found: Sequence[dict[str, Any]]) -> dict[tuple, dict[int, dict[str, Any]]]:
+    """Runs by (data, baseline, budget, way), then by seed."""
+    grouped: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for row in found:
+        grouped.setdefault((row["data"], row["baseline"], row["budget"], row["way"]), {})[row["seed"]] = row
+    return dict(sorted(grouped.items()))
+
+
+def score(row: dict[str, Any]) -> float:
+    return 100 * row["test"][DATA[row["data"]]["metric"]]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half the width of Student's interval."""
+    bounds = t_interval(values)
+    mean = statistics.fmean(values)
+    return f"{mean:.2f}" if bounds is None else f"{mean:.2f} ± {(bounds[1] - bounds[0]) / 2:.2f}"
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Markdown: every group with its realised cost, its accuracy, and compound minus it, paired by seed."""
+    heads = ["data", "baseline", "budget", "way", "px", "params", "MACs", "of the limit", "seeds", "accuracy in %"]
+    heads += ["compound minus it", "verdict"]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    grouped = groups(found)
+    for (data, name, budget, way), seeds in grouped.items():
+        row = next(iter(seeds.values()))
+        compound = grouped.get((data, name, budget, "compound"), {})
+        both = sorted(seeds.keys() & compound.keys()) if way != "compound" else []
+        differences = [score(compound[seed]) - score(seeds[seed]) for seed in both]
+        bounds = t_interval(differences) if differences else None
+        verdict = "" if bounds is None else "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else "tie"
+        cells = [data, name, f"x{budget}", way, row["px"], f"{row['params']:,}", f"{row['macs']:,}"]
+        cells += [f"{100 * row['share_of_limit']:.1f} %", len(seeds), interval([score(one) for one in seeds.values()])]
+        cells += [interval(differences) if differences else "", verdict]
+        lines.append(" | ".join(map(str, cells)))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def figure(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against realised multiply-adds: a panel for every data set and baseline, a line for every way."""
+    from matplotlib.figure import Figure
+
+    from effnet.plots import INK
+
+    colours = dict(zip((*WAYS, "found"), ("#d1495b", "#2f7fd1", "#2a9d6f", "#b8860b", "#9467bd"), strict=True))
+    grouped = groups(found)
+    sets, names = (sorted({key[axis] for key in grouped}) for axis in (0, 1))
+    made = Figure(figsize=(3.6 * len(names), 3.0 * len(sets)), layout="constrained")
+    panels = made.subplots(len(sets), len(names), squeeze=False)
+    for (y, data), (x, name) in itertools.product(enumerate(sets), enumerate(names)):
+        axes = panels[y][x]
+        for way, colour in colours.items():
+            line = [(key, seeds) for key, seeds in grouped.items() if key[:2] == (data, name) and key[3] == way]
+            line = [(key, seeds) for key, seeds in grouped.items() if key == (data, name, 1, "baseline")] + line
+            if len(line) < 2:
+                continue
+            macs = [next(iter(seeds.values()))["macs"] for _, seeds in line]
+            values = [[score(row) for row in seeds.values()] for _, seeds in line]
+            half = [(b[1] - b[0]) / 2 if (b := t_interval(group)) else 0.0 for group in values]
+            means = [statistics.fmean(group) for group in values]
+            axes.errorbar(
+                macs, means, half, color=colour, marker="o", markersize=3, capsize=2, linewidth=1.2, label=way
+            )
+        axes.set_xscale("log")
+        axes.set_title(f"{name}, {data}", fontsize=9, color=INK)
+        axes.tick_params(colors=INK, which="both", labelsize=7)
+        axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if not x:
+            axes.set_ylabel(f"test {DATA[data]['metric'].replace('_', ' ')} in %", color=INK, fontsize=8)
+        axes.set_xlabel("realised multiply-adds", color=INK, fontsize=8)
+    panels[0][0].legend(fontsize=7, frameon=False, labelcolor=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=160, transparent=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    grid = verbs.add_parser("run", help="the runs that are not in the results yet")
+    grid.add_argument("--step2", action="store_true", help="the coefficients that `search` found, along their ray")
+    hunt = verbs.add_parser("search", help="step 1: the coefficients of the first of --baselines")
+    single = verbs.add_parser("one", help="one run, as JSON; its row is the last line printed")
+    single.add_argument("job", type=json.loads)
+    for sub in (grid, hunt):
+        sub.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+        sub.add_argument("--baselines", nargs="+", default=list(BASELINES), choices=BASELINES)
+        sub.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+        sub.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
+        sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        sub.add_argument("--epochs", type=int, help="default: 8 on fashion-mnist, 12 on elpv-modules")
+        sub.add_argument("--images", type=int, default=6_000, help="training images of fashion-mnist")
+        sub.add_argument("--tolerance", type=float, default=0.05, help="of the search")
+        sub.add_argument("--jobs", type=int, default=2)
+        sub.add_argument("--study", type=Path, default=STUDY)
+        sub.add_argument("--results", type=Path, default=RESULTS)
+    for name in ("table", "figure"):
+        show = verbs.add_parser(name, help=f"the {name} of all results")
+        show.add_argument("--results", type=Path, default=RESULTS)
+        if name == "figure":
+            show.add_argument("--out", type=Path, default=FIGURE)
+    args = parser.parse_args()
+    if args.verb == "one":
+        print(json.dumps(one(args.job)))
+    elif args.verb == "table":
+        print(table(read(args.results)))
+    elif args.verb == "figure":
+        figure(read(args.results), args.out)
+    else:
+        {"run": run, "search": search}[args.verb](args)
+
+
+if __name__ == "__main__":
+    main()
