@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effnet import families, recipes
     from effnet.checkpoint import Checkpoint
+    from effnet.coefficients import search_coefficients
     from effnet.cost import Budget, Cost, cost, costs
     from effnet.data import open_data
     from effnet.evaluate import Evaluation, evaluate
     from effnet.explain import Explanation, explain
     from effnet.families import get as get_network
     from effnet.families import names as network_names
+    from effnet.fitting import fit
     from effnet.network import Model, build, replace_head
     from effnet.predict import Prediction, predict
     from effnet.recipes import Phase, Recipe
     from effnet.recipes import get as get_recipe
     from effnet.report import report
+    from effnet.scaling import Coefficients, scale
     from effnet.spec import Head, Network, Norm, Preprocess, Rounding, Stage, Stem
     from effnet.train import Interrupted, train
     from effnet.value import UsageError
@@ -36,10 +39,11 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Budget", "Checkpoint", "Cost", "Evaluation", "Explanation", "Head", "Interrupted", "Model", "Network", "Norm",
-    "Phase", "Prediction", "Preprocess", "Recipe", "Rounding", "Stage", "Stem", "UsageError", "__version__", "build",
-    "cost", "costs", "create_model", "evaluate", "explain", "families", "get_network", "get_recipe", "list_models",
-    "load_model", "network_names", "open_data", "predict", "recipes", "replace_head", "report", "train",
+    "Budget", "Checkpoint", "Coefficients", "Cost", "Evaluation", "Explanation", "Head", "Interrupted", "Model",
+    "Network", "Norm", "Phase", "Prediction", "Preprocess", "Recipe", "Rounding", "Stage", "Stem", "UsageError",
+    "__version__", "build", "cost", "costs", "create_model", "evaluate", "explain", "families", "fit",
+    "get_network", "get_recipe", "list_models", "load_model", "network_names", "open_data", "predict", "recipes",
+    "replace_head", "report", "scale", "search_coefficients", "train",
 ]  # fmt: skip
 
 # public name -> its module, or module:name where the name is another one there
@@ -49,7 +53,10 @@ _HOMES = {
     **dict.fromkeys(("Model", "build", "replace_head"), "network"),
     **dict.fromkeys(("create_model", "list_models", "load_model"), "zoo"),
     **dict.fromkeys(("Phase", "Recipe"), "recipes"),
+    **dict.fromkeys(("Coefficients", "scale"), "scaling"),
     "UsageError": "value",
+    "fit": "fitting",
+    "search_coefficients": "coefficients",
     "Checkpoint": "checkpoint",
     "Evaluation": "evaluate",
     "Explanation": "explain",

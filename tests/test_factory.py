@@ -157,6 +157,10 @@ def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     runpy.run_path(str(EXAMPLES / "own_factory.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "macs" in printed and "built" in printed
+    runpy.run_path(str(EXAMPLES / "published_against_formula.py"), run_name="__main__")
+    table = capsys.readouterr().out
+    told = (EXAMPLES.parent / "docs" / "scaling.md").read_text()
+    assert table.strip() in told, "the table in docs/scaling.md is not what the command prints"
     script = str(EXAMPLES / "own_rows.py")
     printed = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, check=True).stdout
     assert "own-d" in printed
