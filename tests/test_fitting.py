@@ -88,7 +88,7 @@ def test_free_is_the_lexicographic_max_min_over_every_depth_width_and_size(netwo
     def cells(name: str, integers: Callable[[float], object]) -> list[tuple[float, float]]:
         """(a factor, the level up to which it stands) for every distinct outcome of a fine sweep."""
         last: dict[object, float] = {}
-        for factor in np.exp(np.linspace(math.log(0.1), math.log(12), 6000)):
+        for factor in np.exp(np.linspace(math.log(0.1), math.log(12), 3000)):
             last[integers(factor)] = factor
         return [(factor, math.log(factor) / rates[name]) for factor in last.values()]
 
