@@ -296,3 +296,17 @@ def test_every_part_of_a_resolved_unit_has_a_submodule_of_its_name_and_shape():
             submodule = module.get_submodule(part.name)
             weight = submodule.conv.weight if part.norm else submodule.weight
             assert weight.shape == (part.out_channels, part.in_channels // part.groups, part.kernel, part.kernel)
+
+
+def test_a_narrow_projection_at_stride_two_trains_channels_last():
+    """torch 2.13's backward of such a convolution writes outside its memory; ours takes every second pixel first."""
+    net = network(activation="relu", padding="symmetric")
+    module = filled(Convolution(conv(in_channels=8, out_channels=12, kernel=1, stride=2), net.padding))
+    x = torch.randn(4, 8, 64, 64).to(memory_format=torch.channels_last)
+    ours, theirs = x.clone().requires_grad_(), x.clone().contiguous().requires_grad_()
+    for _ in range(5):
+        y = module(ours)
+        expected = F.conv2d(theirs, module.weight, None, 2)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward(), expected.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

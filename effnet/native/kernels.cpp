@@ -20,6 +20,7 @@ constexpr int L = 16;      // lanes
 constexpr int V = 2;       // vectors in a block of channels: 32 bfloat16 fill a cache line
 constexpr int B = L * V;   // channels in a block
 constexpr int PARTS = 64;  // parts of a map, at least, for threads and sums
+constexpr size_t LARGE = 24 << 20;  // bytes of a map from which on it is written past the caches
 constexpr int TILE = 8;    // rows of a map that are summed before moving to the next channels
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
@@ -44,6 +45,22 @@ inline void store(Bfloat16* p, vec v) {  // to nearest, ties to even
   uvec bits = (uvec)v;
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   *(hvec*)p = __builtin_convertvector(bits, hvec);
+#endif
+}
+
+// Past the caches: for maps that they could not keep anyway, a plain store would first read what it overwrites. Aligned.
+inline void stream(float* p, vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+inline void stream(Bfloat16* p, vec v) {
+#if defined(__AVX512BF16__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  store(p, v);
 #endif
 }
 
@@ -415,39 +432,50 @@ template <class T> void moments(const T* x, float* mean, float* variance, Map s,
   }
 }
 
+// Calls `body(m, c, lanes)` for all pixels m and channels c of a part in the order of memory.
+template <class F> inline void rows(const Part& part, int C, F body) {
+  for (long m = part.first; m < part.last; ++m)
+    for (int c = 0; c < C; c += L) body(m, c, least(L, C - c));
+}
+
+template <class T> inline bool streams(const T* map, const Map& s) {
+  return s.C % L == 0 && (size_t)s.N * s.HW * s.C * sizeof(T) >= LARGE && (uintptr_t)map % 64 == 0;
+}
+
 // y = act(x * scale + shift), per channel; `pooled` (N, C), where wanted: the mean of y over each image.
 template <class T, int A>
 void norm_forward(const T* x, const float* scale, const float* shift, T* y, float* pooled, Map s, int threads) {
   const int C = s.C, parts = s.parts();
+  const bool streaming = streams(y, s);
   std::vector<float> sums(pooled ? (size_t)parts * C : 0, 0.f);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int p = 0; p < parts; ++p) {
     float* sum = pooled ? &sums[(size_t)p * C] : nullptr;
-    tiles(Part(p, s), C, [=](long m, int rows, int c, int lanes) {
-      const vec a = load(scale + c, lanes), b = load(shift + c, lanes);
-      vec total{};
-      for (int r = 0; r < rows; ++r) {
-        const vec value = activated<A>(load(x + (m + r) * C + c, lanes) * a + b);
-        store(y + (m + r) * C + c, value, lanes);
-        total += value;
-      }
-      if (sum) add(sum + c, total, lanes);
-    });
+    const auto value = [=](long m, int c, int lanes) {
+      const vec v = activated<A>(load(x + m * C + c, lanes) * load(scale + c, lanes) + load(shift + c, lanes));
+      if (sum) add(sum + c, v, lanes);
+      return v;
+    };
+    const Part part(p, s);
+    if (streaming)
+      rows(part, C, [=](long m, int c, int) { stream(y + m * C + c, value(m, c, L)); });
+    else
+      rows(part, C, [=](long m, int c, int lanes) { store(y + m * C + c, value(m, c, lanes), lanes); });
   }
   for (int n = 0; pooled && n < s.N; ++n)
     for (int c = 0; c < C; ++c)
       pooled[(size_t)n * C + c] = (float)(added(sums, n * s.cuts(), (n + 1) * s.cuts(), C, c) / s.HW);
 }
 
-// With z = xhat * weight + bias, xhat = (x - mean) * rstd and dz = (dy + dpooled / HW) * act'(z):
+// With xhat = (x - mean) * rstd, z = xhat * weight + bias = x * scale + shift and dz = (dy + dpooled / HW) * act'(z):
 // dbias = sum dz, dweight = sum dz xhat, dx = weight * rstd * (dz - dbias / M - xhat * dweight / M).
-// For SiLU, whose slope is dear, dz waits in dx; the cheap slopes are computed twice. `dpooled`, `dx`: may be null.
+// dz is computed twice: that is hidden behind the memory, writing and reading it would not be. `dpooled`, `dx`: may be
+// null.
 template <class T, int A>
 void norm_backward(const T* dy, const float* dpooled, const T* x, const float* mean, const float* rstd,
                    const float* weight, const float* bias, T* dx, float* dweight, float* dbias, Map s, int threads) {
   const int C = s.C, parts = s.parts();
   const float share = 1.f / s.HW;
-  const bool waits = A == SILU && dx;
   std::vector<float> sums((size_t)parts * C, 0.f), products((size_t)parts * C, 0.f);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int p = 0; p < parts; ++p) {
@@ -461,7 +489,6 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
       for (int r = 0; r < rows; ++r) {
         const vec xhat = (load(x + (m + r) * C + c, lanes) - center) * inverse;
         const vec dz = (load(dy + (m + r) * C + c, lanes) + extra) * slope<A>(xhat * w + b);
-        if (waits) store(dx + (m + r) * C + c, dz, lanes);
         a += dz;
         q += dz * xhat;
       }
@@ -469,27 +496,36 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
       add(product + c, q, lanes);
     });
   }
+  // dx = scale * dz + times * x + plus
+  std::vector<float> scales(C), shifts(C), times(C), plus(C);
+  const double one = 1. / ((double)s.N * s.HW);
   for (int c = 0; c < C; ++c) {
-    dbias[c] = (float)added(sums, 0, parts, C, c);
-    dweight[c] = (float)added(products, 0, parts, C, c);
+    const double total = added(sums, 0, parts, C, c), product = added(products, 0, parts, C, c);
+    dbias[c] = (float)total;
+    dweight[c] = (float)product;
+    const double scale = (double)weight[c] * rstd[c], center = mean[c];
+    scales[c] = (float)scale;
+    shifts[c] = (float)(bias[c] - center * scale);
+    times[c] = (float)(-scale * rstd[c] * product * one);
+    plus[c] = (float)(-scale * one * (total - center * rstd[c] * product));
   }
   if (!dx) return;
-  const float one = (float)(1. / ((double)s.N * s.HW));
+  const bool streaming = streams(dx, s);
+  const float *scale = scales.data(), *shift = shifts.data(), *by = times.data(), *more = plus.data();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int p = 0; p < parts; ++p) {
     const Part part(p, s);
-    tiles(part, C, [=](long m, int rows, int c, int lanes) {
-      const vec center = load(mean + c, lanes), inverse = load(rstd + c, lanes);
-      const vec w = load(weight + c, lanes), b = load(bias + c, lanes);
-      const vec extra = dpooled ? load(dpooled + (size_t)part.n * C + c, lanes) * share : vec{};
-      const vec a = load(dbias + c, lanes) * one, q = load(dweight + c, lanes) * one;
-      for (int r = 0; r < rows; ++r) {
-        const vec xhat = (load(x + (m + r) * C + c, lanes) - center) * inverse;
-        const vec dz = waits ? load(dx + (m + r) * C + c, lanes)
-                             : (load(dy + (m + r) * C + c, lanes) + extra) * slope<A>(xhat * w + b);
-        store(dx + (m + r) * C + c, w * inverse * (dz - a - xhat * q), lanes);
-      }
-    });
+    const float* extra = dpooled ? dpooled + (size_t)part.n * C : nullptr;
+    const auto value = [=](long m, int c, int lanes) {
+      const vec in = load(x + m * C + c, lanes), a = load(scale + c, lanes);
+      vec d = load(dy + m * C + c, lanes);
+      if (extra) d += load(extra + c, lanes) * share;
+      return a * d * slope<A>(in * a + load(shift + c, lanes)) + in * load(by + c, lanes) + load(more + c, lanes);
+    };
+    if (streaming)
+      rows(part, C, [=](long m, int c, int) { stream(dx + m * C + c, value(m, c, L)); });
+    else
+      rows(part, C, [=](long m, int c, int lanes) { store(dx + m * C + c, value(m, c, lanes), lanes); });
   }
 }
 
