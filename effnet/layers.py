@@ -72,6 +72,8 @@ class Convolution(nn.Conv2d):
             rows, columns = (ops.same_padding(size, kernel, stride) for size in input.shape[-2:])
         if self.depthwise:
             return ops.depthwise(input, self.weight, stride, (rows, columns))
+        if kernel == stride == self.groups == 1 and self.bias is None and ops.quicker_as_product(input):
+            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
         x, padding = ops.pad(input, (rows, columns))
         return F.conv2d(x, self.weight, self.bias, stride, padding, groups=self.groups)
 

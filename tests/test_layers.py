@@ -310,3 +310,20 @@ def test_a_narrow_projection_at_stride_two_trains_channels_last():
         torch.testing.assert_close(y, expected)
         y.sum().backward(), expected.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_pointwise_convolution_as_a_product_has_the_values_and_gradients_of_a_convolution():
+    module = filled(Convolution(conv(in_channels=16, out_channels=24, kernel=1), "symmetric"))
+    x = images(3, 16, 7, 5).to(memory_format=torch.channels_last)
+    grad = images(3, 24, 7, 5, seed=2)
+    exact_x, exact_weight = x.double().requires_grad_(), module.weight.detach().double().requires_grad_()
+    exact = F.conv2d(exact_x, exact_weight)
+    exact.backward(grad.double())
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    y.backward(grad.bfloat16())
+    assert "Convolution" not in str(y.grad_fn)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in ((y, exact), (x.grad, exact_x.grad), (module.weight.grad, exact_weight.grad)):
+        assert (ours.double() - theirs).norm() <= 2**-7 * theirs.norm()  # bfloat16 has 8 bits

@@ -171,3 +171,14 @@ def test_a_frozen_weight_or_a_constant_input_needs_no_gradient():
         assert moving.grad is not None
         moving.requires_grad_(False)
     assert not ops.depthwise(x, weight, 1, ((1, 1), (1, 1))).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "product"), [(7, "bfloat16", True), (14, "bfloat16", False), (7, "float32", False)]
+)
+def test_a_pointwise_convolution_of_a_small_map_is_a_matrix_product_in_bfloat16(size, dtype, product):
+    x = normal(2, 16, size, size).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        assert ops.quicker_as_product(x) == product
+        with torch.no_grad():
+            assert not ops.quicker_as_product(x)
