@@ -1,7 +1,6 @@
 """The compiled operators against PyTorch in float64, at every kernel, stride and padding, and at odd shapes."""
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +20,9 @@ KERNELS, STRIDES, CHANNELS = (3, 5, 7), (1, 2), (8, 16, 40, 96)  # 40 ends withi
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    if native.library() is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no compiled operators: {native.why_not()}")
+    if native.library() is None:  # no compiler is a machine without these operators; a compiler that fails is our fault
+        reason = native.why_not()
+        (pytest.skip if "no C++ compiler" in reason or "Linux" in reason else pytest.fail)(reason)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
