@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from effnet.latency import LatencyTable, Quantity
+from effnet.native import cache_folder
 from effnet.network import Model, build
 from effnet.plan import environment
 from effnet.spec import Network
@@ -375,16 +375,6 @@ def fold_norms(model: nn.Module) -> None:
 
 
 # --- tables of measured operators -----------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where tables are kept: $EFFNET_CACHE, or `effnet` in the user's cache folder of the platform."""
-    if os.environ.get("EFFNET_CACHE"):
-        return Path(os.environ["EFFNET_CACHE"])
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "effnet"
-    usual = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return (Path(usual) if usual else Path.home() / ".cache") / "effnet"
 
 
 def table_path(

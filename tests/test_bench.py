@@ -1,6 +1,7 @@
 """The measuring core on a made-up clock, models that are timed as they would serve, and where tables are kept."""
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from scipy import stats
 
 from effnet import bench as core
-from effnet import operators
+from effnet import native, operators
 from effnet.bench import Measured, bench, compare, controlled, fold_norms, measure, quantiles, ready, share_of_others
 from effnet.latency import AXES, LatencyTable
 from effnet.network import build
@@ -265,12 +266,17 @@ def test_a_table_that_cannot_be_is_refused(cache: Path, bad: dict, message: str)
 def test_the_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EFFNET_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    monkeypatch.setattr(core.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     assert core.cache_folder() == Path("/somewhere/effnet")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert core.cache_folder() == Path.home() / ".cache" / "effnet"
-    monkeypatch.setattr(core.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     assert core.cache_folder() == Path.home() / "Library" / "Caches" / "effnet"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", "/local")
+    assert core.cache_folder() == Path("/local/effnet")
+    monkeypatch.setenv("EFFNET_CACHE", "/mine")
+    assert core.cache_folder() == native.cache_folder() == Path("/mine")
 
 
 @pytest.fixture

@@ -59,9 +59,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """`$EFFNET_CACHE`, or `effnet` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("EFFNET_CACHE") or Path(home) / "effnet")
+    """Where compiled kernels and latency tables are kept: $EFFNET_CACHE, or `effnet` in the user's cache folder."""
+    if os.environ.get("EFFNET_CACHE"):
+        return Path(os.environ["EFFNET_CACHE"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "effnet"
+    usual = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    return (Path(usual) if usual else Path.home() / ".cache") / "effnet"
 
 
 def _key(compiler: str) -> str:
