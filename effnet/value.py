@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_origin
 
 
 class UsageError(ValueError):
@@ -86,6 +86,8 @@ class Value:
 
 def _rebuild(kind: Any, value: Any) -> Any:
     """Nested dataclasses from dicts, tuples from lists; everything else as it is."""
+    if get_origin(kind) is dict:
+        return value
     for option in (kind, *get_args(kind)) if isinstance(value, Mapping) else ():
         if isinstance(option, type) and issubclass(option, Value):
             return option.from_dict(value)
