@@ -9,7 +9,7 @@ RandAugment (Cubuk et al. 2020) and AutoAugment v0 (Cubuk et al. 2019) as in the
 et al. 2018) and cutmix (Yun et al. 2019) as in the official V2 datasets.py; random erasing (Zhong et al. 2020).
 Departures: crops are resized with antialias; crops of 8-10 %, which V1's code draws and rejects, are kept; Contrast
 blends with the mean grey (the official line counts the pixels instead: 196 for any picture of 224 px); in `view`,
-RandAugment's shifts and cut-outs shrink below 224 px (`Reach.at`).
+shifts and cut-outs shrink below 224 px (`Reach.at`).
 """
 
 import math
@@ -27,6 +27,7 @@ from effnet.spec import Interpolation
 from effnet.value import check_choice, check_range
 
 Crop = Literal["inception", "dihedral", "resize", "none"]
+Policy = Literal["randaugment", "autoaugment", "cutout"]
 FILL = (128, 128, 128)  # what geometric operations uncover (official code)
 
 # --- one view of one image ------------------------------------------------------------------------------------------
@@ -37,6 +38,7 @@ def view(
     size_px: int,
     *,
     crop: Crop,
+    policy: Policy = "randaugment",
     magnitude: float = 0.0,
     rng: np.random.Generator,
     interpolation: Interpolation = "bicubic",
@@ -47,9 +49,11 @@ def view(
     `crop` `inception`: a share `area` of the image (V2: from 0.05) at an aspect of 3/4 to 4/3, flipped half the time.
     `dihedral`: the central square, one of its eight flips and turns, within 3 degrees, 2 % of shift and 2 % of scale;
     for pictures without an up (one bilinear resampling). `resize`: the whole image, flipped half the time. `none`: the
-    whole image. `magnitude` above 0: two operations of RandAugment on top, see `rand_augment`.
+    whole image. On top comes the `policy`: two operations of `rand_augment` where `magnitude` is above 0; AutoAugment
+    v0; or `cutout` of half the side, as the official V2 fine-tuning has it.
     """
     check_choice("crop", crop, get_args(Crop))
+    check_choice("policy", policy, get_args(Policy))
     check_range("size_px", size_px, 1)
     check_range("magnitude", magnitude, 0)
     if crop == "dihedral":
@@ -71,6 +75,10 @@ def view(
         if crop != "none" and rng.random() < 0.5:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.array(picture)
+    if policy == "autoaugment":
+        return auto_augment(pixels, rng, reach=AUTO_REACH.at(size_px))
+    if policy == "cutout":
+        return cutout(pixels, size_px // 4, rng)
     if magnitude == 0:
         return pixels
     return rand_augment(pixels, magnitude, rng, reach=RAND_REACH.at(size_px))
@@ -307,12 +315,12 @@ AUTO_AUGMENT_V0: tuple[tuple[Step, Step], ...] = (
 )
 
 
-def auto_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def auto_augment(image: np.ndarray, rng: np.random.Generator, *, reach: Reach = AUTO_REACH) -> np.ndarray:
     """One of the 25 sub-policies of AutoAugment v0, drawn uniformly, on a uint8 (H, W, 3) image."""
     picture = Image.fromarray(image)
     for name, probability, level in AUTO_AUGMENT_V0[rng.integers(len(AUTO_AUGMENT_V0))]:
         if rng.random() < probability:
-            picture = OPERATIONS[name](picture, level, rng, AUTO_REACH)
+            picture = OPERATIONS[name](picture, level, rng, reach)
     return np.array(picture)
 
 

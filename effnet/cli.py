@@ -215,7 +215,7 @@ def plan(
         data, model, pretrained=pretrained, pretrained_from=pretrained_from, recipe=recipe, settings=settings,
         split_seed=split_seed, val_fraction=val_fraction,
     )  # fmt: skip
-    counts = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
+    counts: dict[str, Any] = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
     todo = planned(job.model, job.recipe, classes=job.splits.classes, device=arguments.device(device), **counts)
     document = todo.to_dict() | {"data": job.splits.name, "note": job.splits.note, "seconds": todo.seconds}
     answer(document, as_json, functools.partial(_show_plan, job, todo))

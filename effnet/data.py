@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effnet.augment import Crop, view
+from effnet.augment import Crop, Policy, view
 from effnet.images import ImageError, prepare
 from effnet.samples import ArrayPixels, Pixels, Source, Splits
 from effnet.sources import open_data
@@ -185,6 +185,8 @@ class Views:
     preprocess: Preprocess
     train: bool
     crop: Crop
+    least_area: float
+    policy: Policy
     magnitude: float
     seed: int
     epoch: int
@@ -200,7 +202,9 @@ class Views:
             image,
             size_px,
             crop=self.crop,
+            policy=self.policy,
             magnitude=self.magnitude,
+            area=(self.least_area, 1.0),
             rng=rng,
             interpolation=self.preprocess.interpolation,
         )
@@ -237,6 +241,8 @@ def batches(
     preprocess: Preprocess,
     train: bool,
     crop: Crop = "inception",
+    least_area: float = 0.08,
+    policy: Policy = "randaugment",
     magnitude: float = 0.0,
     seed: int = 0,
     epoch: int = 0,
@@ -251,10 +257,10 @@ def batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch, from step `start_step` on, made ahead of time by `workers`.
 
-    Training: views by `crop` and `magnitude` in the order of `order`; `batch` is the global one. Evaluation:
-    `preprocess` at `size_px`, every sample once and in order, the last batch short, batches dealt to ranks in turn.
-    `workers` 0 makes each batch when it is asked for, None leaves the number to `default_workers`. `soft`: targets are
-    the source's soft ones instead of one-hot.
+    Training: views by `crop`, `least_area`, `policy` and `magnitude` in the order of `order`; `batch` is the global
+    one. Evaluation: `preprocess` at `size_px`, every sample once and in order, the last batch short, batches dealt to
+    ranks in turn. `workers` 0 makes each batch when it is asked for, None leaves the number to `default_workers`.
+    `soft`: targets are the source's soft ones instead of one-hot.
 
     `ImageError` naming the file under `on_error="error"`; `UsageError` when `skip` has left out more than 1 % of the
     source (at least 10 files) or a whole batch.
@@ -273,6 +279,8 @@ def batches(
         preprocess=preprocess.with_size(size_px),
         train=train,
         crop=crop,
+        least_area=least_area,
+        policy=policy,
         magnitude=magnitude,
         seed=seed,
         epoch=epoch,

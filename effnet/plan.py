@@ -2,27 +2,32 @@
 
 Precision is chosen by measurement: a few real training steps in each candidate, on random images, on the device at
 hand. On a CPU bfloat16 is not always the quicker one: it depends on the network's mix of operators. The same timed
-steps give the expected duration.
+steps give the expected duration, and `within_time` shortens a recipe until that fits a budget.
 """
 
 import copy
+import math
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from effnet.cost import cost, training_bytes
+from effnet.cost import cost
 from effnet.network import Model
 from effnet.optim import set_learning
-from effnet.recipes import Phase, Precision, Recipe, phases
+from effnet.recipes import Phase, Precision, Recipe, for_images, memory, phases, steps_per_epoch, too_large
 from effnet.spec import Network, Preprocess
 from effnet.value import UsageError, Value
+from effnet.words import duration
+
+Timing = Callable[[int, int, bool], float]  # (size_px, batch, whether it trains) -> seconds of a step
 
 CHECKPOINT_COPIES = 6  # last (weights, average, two optimizer slots) with its predecessor, and best
 
@@ -57,6 +62,11 @@ class Plan(Value):
     rows: tuple[PlanRow, ...]
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of the rows."""
+        return tuple(row.phase for row in self.rows)
+
+    @property
     def seconds(self) -> float:
         """Expected duration, validation included."""
         return sum(row.seconds for row in self.rows)
@@ -82,30 +92,29 @@ def plan(
     val_images: int,
     device: str = "cpu",
     steps: int = 2,
+    watch: "Stopwatch | None" = None,
 ) -> Plan:
     """Plans `recipe` for `model` on so many images, timing `steps` training steps per image size after one warm-up.
 
-    `UsageError` if the recipe does not fit the network (sizes) or the training set is empty.
+    `watch`: one that `stopwatch` made before, to not time again. `UsageError` if the recipe does not fit the network
+    (sizes), the data (batch) or the memory of the device, or if the training set is empty.
     """
-    if train_images < 2:
-        raise UsageError(f"the training split has {train_images} images; training needs at least 2.")
     network = model.network.with_classes(len(classes))
-    schedule = phases(recipe, network)
-    batch = min(recipe.batch, train_images)
-    probe = copy.deepcopy(model).to(device).train()
-    set_learning(probe, freeze=recipe.freeze)
-    precision = recipe.precision
-    if precision == "auto":
-        precision = quickest_precision(probe, schedule[-1].size_px, batch, device)
+    watch = watch or stopwatch(model, recipe, network, train_images, device, steps)
+    recipe = for_images(recipe, train_images)
     preprocess = run_preprocess(network, recipe)
-    evaluation = step_seconds(probe, preprocess.size, batch, precision, device, train=False, steps=1)
-    timed: dict[tuple[int, bool], float] = {}
     rows = []
-    for phase in schedule:
-        key = (phase.size_px, phase.head_only)
-        if key not in timed:
-            timed[key] = step_seconds(probe, *key[:1], batch, precision, device, train=not phase.head_only, steps=steps)
-        rows.append(_row(phase, network, train_images, batch, timed[key], precision, evaluation * val_images / batch))
+    for phase, seconds in _timed(recipe, network, train_images, val_images, watch):
+        step_s = watch(phase.size_px, phase.batch, not phase.head_only)
+        row = PlanRow(
+            phase=phase,
+            steps=phase.epochs * steps_per_epoch(train_images, phase.batch),
+            macs=cost(network, phase.size_px).macs,
+            training_bytes=memory(recipe, network, phase.size_px, phase.batch, watch.precision),
+            images_per_s=phase.batch / step_s,
+            seconds=seconds,
+        )
+        rows.append(row)
     total = cost(network, preprocess.size)
     return Plan(
         network=network,
@@ -115,7 +124,7 @@ def plan(
         train_images=train_images,
         val_images=val_images,
         params=total.params,
-        precision=precision,
+        precision=watch.precision,
         device=device_name(device),
         threads=torch.get_num_threads(),
         disk_bytes=CHECKPOINT_COPIES * total.weight_bytes,
@@ -123,26 +132,132 @@ def plan(
     )
 
 
-def _row(
-    phase: Phase, network: Network, images: int, batch: int, seconds: float, precision: str, validation: float
-) -> PlanRow:
-    """`seconds` of one step, `validation` seconds after each epoch."""
-    steps = steps_per_epoch(images, batch) * phase.epochs
-    spent = cost(network, phase.size_px)
-    memory = training_bytes(spent.to_dict(), batch, element=4 if precision == "float32" else 2)
-    return PlanRow(
-        phase=phase,
-        steps=steps,
-        macs=spent.macs,
-        training_bytes=int(memory),
-        images_per_s=batch / seconds,
-        seconds=steps * seconds + phase.epochs * validation,
+def _timed(
+    recipe: Recipe, network: Network, train_images: int, val_images: int, timing: Timing
+) -> Iterator[tuple[Phase, float]]:
+    """Each phase with its seconds, a validation after each epoch included."""
+    evaluation = timing(run_preprocess(network, recipe).size, min(recipe.batch, train_images), False)
+    validation = evaluation * val_images / min(recipe.batch, train_images)
+    for phase in phases(recipe, network, train_images):
+        step_s = timing(phase.size_px, phase.batch, not phase.head_only)
+        yield phase, phase.epochs * (steps_per_epoch(train_images, phase.batch) * step_s + validation)
+
+
+# --- a budget of time -----------------------------------------------------------------------------------------------
+
+SPARE = 0.1  # of a budget is left for what is not timed: the start, saving, waiting for images
+LEAST_EPOCHS, LEAST_SHARE, LEAST_PX = 0.25, 0.5, 64  # how far epochs and sizes are cut, and where sizes stop anyway
+SHARES = (1.0, 0.875, 0.75, 0.625, LEAST_SHARE)
+
+
+def within_time(
+    recipe: Recipe, network: Network, budget_s: float, *, train_images: int, val_images: int, timing: Timing
+) -> Recipe:
+    """The recipe, shortened until the expected time is within nine tenths of `budget_s` seconds.
+
+    First fewer epochs, to a quarter; then smaller images, an eighth at a time, to half the size or 64 px. Warm-up and
+    phases keep their shares of the run, the learning rate its whole schedule. Of what fits, the largest size with the
+    most epochs is taken. A function of its arguments: the same `timing`, the same recipe. `UsageError` names the least
+    time when nothing fits.
+    """
+    recipe = for_images(recipe, train_images)
+
+    def seconds(shorter: Recipe) -> float:
+        return sum(s for _, s in _timed(shorter, network, train_images, val_images, timing)) / (1 - SPARE)
+
+    least = max(1, math.ceil(LEAST_EPOCHS * recipe.epochs))
+    for share in SHARES:
+        smaller = _smaller(recipe, network, share)
+        if seconds(_shorter(smaller, least)) <= budget_s:
+            trials = (_shorter(smaller, epochs) for epochs in range(recipe.epochs, least - 1, -1))
+            return next(trial for trial in trials if seconds(trial) <= budget_s)
+    smallest = _shorter(_smaller(recipe, network, LEAST_SHARE), least)
+    sizes = "-".join(str(px) for px in sorted({phase.size_px for phase in phases(smallest, network)}))
+    raise UsageError(
+        f"a time budget of {duration(budget_s)} is too short: {least} of {recipe.epochs} epochs at {sizes} px, the "
+        f"least that is planned, take {duration(math.ceil(seconds(smallest)))}. Choose a smaller network, fewer epochs "
+        "or fewer images."
     )
 
 
-def steps_per_epoch(images: int, batch: int) -> int:
-    """Full batches in an epoch; one smaller batch when there are fewer images than that."""
-    return max(1, images // batch)
+def _shorter(recipe: Recipe, epochs: int) -> Recipe:
+    warmup = recipe.warmup * epochs / recipe.epochs
+    return recipe.replace(epochs=epochs, stages=min(recipe.stages, epochs), warmup=warmup, least_steps=0)
+
+
+def _smaller(recipe: Recipe, network: Network, share: float) -> Recipe:
+    """All sizes times `share`, none below 64 px and the network's stride that was not before."""
+    if share == 1:
+        return recipe
+    first, last, judged = (
+        max(round(share * px), min(px, max(LEAST_PX, network.stride)))
+        for px in (*(recipe.size_px or (network.resolution,) * 2), recipe.eval_px or LEAST_PX)
+    )
+    return recipe.replace(size_px=(first, last), eval_px=judged if recipe.eval_px else None)
+
+
+def told(before: Recipe, after: Recipe, network: Network) -> str:
+    """What `within_time` changed, in words."""
+    if before == after:
+        return "everything fits into the time budget"
+    words = f"to fit into the time budget: {after.epochs} of {before.epochs} epochs"
+    sizes = [sorted({phase.size_px for phase in phases(recipe, network)}) for recipe in (before, after)]
+    if sizes[0][-1] != sizes[1][-1]:
+        words += ", at {1} px instead of {0}".format(*("-".join(map(str, px)) for px in sizes))
+    return words
+
+
+# --- measured steps -------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Stopwatch:
+    """Times steps of a copy of the model in the chosen `precision`; each (size, batch, train or not) only once."""
+
+    model: Model
+    precision: Precision
+    device: str
+    steps: int
+    known: dict[tuple[int, int, bool], float] = field(default_factory=dict)
+
+    def __call__(self, size_px: int, batch: int, train: bool) -> float:
+        """Seconds of a step, or of a forward pass."""
+        key = (size_px, batch, train)
+        if key not in self.known:
+            steps = self.steps if train else 1
+            self.known[key] = step_seconds(
+                self.model, size_px, batch, self.precision, self.device, train=train, steps=steps
+            )
+        return self.known[key]
+
+
+def stopwatch(
+    model: Model, recipe: Recipe, network: Network, train_images: int, device: str = "cpu", steps: int = 2
+) -> Stopwatch:
+    """A stopwatch for `recipe`, once it is known that its phases can be: sizes, batches and memory are checked here."""
+    if train_images < 2:
+        raise UsageError(f"the training split has {train_images} images; training needs at least 2.")
+    rows = phases(recipe, network, train_images)
+    room = memory_bytes(device)
+    for phase in rows:
+        if memory(recipe, network, phase.size_px, phase.batch) > room:
+            raise UsageError(f"{device}: {too_large(recipe, network, phase.size_px, phase.batch, room)}")
+    probe = copy.deepcopy(model).to(device).train()
+    set_learning(probe, freeze=recipe.freeze)
+    precision = recipe.precision
+    if precision == "auto":
+        precision = quickest_precision(probe, rows[-1].size_px, rows[-1].batch, device)
+    return Stopwatch(model=probe, precision=precision, device=device, steps=steps)
+
+
+def memory_bytes(device: str) -> int:
+    """The memory of the device: of an accelerator its own, of the CPU what this process may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(room, int(text)) if text.isdigit() else room
 
 
 def quickest_precision(model: Model, size_px: int, batch: int, device: str) -> Precision:

@@ -1,28 +1,33 @@
 """How is a network trained? A recipe is a value; its phases are printed before any compute.
 
-A `Recipe` says what varies over training as (first, last) pairs; `phases` cuts it into equal steps whose image size and
+A `Recipe` says what varies over training as (first, last) pairs; `phases` cuts it into stages whose image size and
 regularisation rise together (Tan & Le 2021, Algorithm 1: the first phase has exactly the first values, the last exactly
-the last ones). `Schedule` is a function of progress in [0, 1]: no epochs, no state. Nothing here imports torch.
+the last ones). `Schedule` is a function of progress in [0, 1]: no epochs, no state. `places` says where every step is,
+`rate` with which learning rate it is taken. The named recipes are the tables of `presets.py`; nothing imports torch.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from effnet.cost import cost, training_bytes
+from effnet.presets import PRESETS
 from effnet.spec import Network
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
 Optimizer = Literal["rmsprop", "sgd", "adamw"]
 Crop = Literal["inception", "dihedral", "resize", "none"]
+Policy = Literal["randaugment", "autoaugment", "cutout"]
+Growth = Literal["paper", "official"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Value):
-    """A factor on the learning rate as a function of progress in [0, 1].
+    """A factor as a function of progress in [0, 1]: how much is left of what there was at first.
 
     `constant`: 1. `linear`, `cosine`: from 1 to `end`. `staircase`: `rate` to the power of the number of completed
     intervals of length `every` (in progress): the papers' 0.97 every 2.4 of 350 epochs.
@@ -52,19 +57,37 @@ class Schedule(Value):
         fall = progress if self.kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return 1.0 + (self.end - 1.0) * fall
 
+    def between(self, first: float, last: float, progress: float) -> float:
+        """From `first` to `last`, exactly so where the factor is 1 and 0: `first` counts as much as is left of it.
+
+        >>> Schedule(kind="linear").between(128, 300, 0.25)
+        171.0
+        """
+        left = self.at(progress)
+        return first if first == last else left * first + (1 - left) * last
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Value):
     """Everything that decides a training run, apart from the network and the data.
 
-    Pairs are (first phase, last phase). None for `size_px`, `dropout` or `drop_path`: the network's own value.
-    `lr`: the peak rate at `lr_batch` images a step, scaled linearly to `batch`. `warmup`, `head_epochs`: in epochs.
+    Pairs are (first phase, last phase), `rise` is the way between. None for `size_px`, `dropout` or `drop_path`: the
+    network's own value. `growth` of the size over M stages: `paper` starts at the first size, `official` (the released
+    V2 code) one M-th above it and rounds down: 171, 214, 257, 300 instead of 128, 185, 243, 300.
+    `lr`: the peak rate at `lr_batch` images a step, scaled linearly to the batch. `warmup`, `head_epochs`: in epochs.
+    `memory_gb`: each phase takes the largest batch whose estimated memory is so many 10^9 bytes, 0 for `batch` always.
+    `least_steps`: at least so many, in more epochs than `epochs` where there are few images.
     `head_epochs`: only the classifier learns at first, behind the frozen network, at `head_lr`.
     `freeze`: the stem and the first so many stages keep their trained weights (their batch norms still see the data);
     the early stages are the dear ones, so a step at a large size costs about half.
+    `decay_bias`: weight decay for the biases of squeeze-excite and classifier too (V1's code; V2's leaves them out).
     `norm_momentum`: of batch norm while training, PyTorch's convention, None for the network's own. The published 0.01
     is for 350 epochs; over a short fine-tuning its statistics lag behind the weights (0.1: Kornblith et al. 2019).
-    `ema`: decay of the average of the weights that is evaluated and kept, 0 for none.
+    `norm_batches`: batch norm's statistics are counted anew over so many batches before each evaluation; 0: they are
+    the moving averages of training. `ema`: decay of the average of the weights that is evaluated and kept, 0 for none.
+    `policy`: what happens to a view beside `crop`: RandAugment at `magnitude` (0: nothing), AutoAugment v0, or one
+    square of noise half as wide as the view. `least_area`: of an inception crop, as a share of the image.
+    `minival`: so many training images, cut by class, are the validation part, and the data's own is left for the end.
     `balance`: weigh classes by S / (K n_class). `soft_targets`: learn the data's probabilities where it has them.
     `eval_px`: the size that the trained model is evaluated and used at; None: the last phase's.
     `patience`: stop after so many epochs without a better validation `monitor`, 0 for never.
@@ -81,14 +104,21 @@ class Recipe(Value):
     momentum: float = 0.9
     weight_decay: float = 1e-5
     decay_bias: bool = False
+    memory_gb: float = 0.0
+    least_steps: int = 0
     head_epochs: int = 0
     head_lr: float = 1e-3
     freeze: int = 0
     norm_momentum: float | None = None
+    norm_batches: int = 0
     ema: float = 0.0
     label_smoothing: float = 0.0
     crop: Crop = "inception"
+    least_area: float = 0.08
+    policy: Policy = "randaugment"
     stages: int = 1
+    growth: Growth = "paper"
+    rise: Schedule = field(default_factory=lambda: Schedule(kind="linear"))
     size_px: tuple[int, int] | None = None
     eval_px: int | None = None
     magnitude: Pair = (0.0, 0.0)
@@ -96,6 +126,7 @@ class Recipe(Value):
     cutmix: Pair = (0.0, 0.0)
     dropout: Pair | None = None
     drop_path: Pair | None = None
+    minival: int = 0
     balance: bool = False
     soft_targets: bool = False
     monitor: Literal["accuracy", "nll"] = "accuracy"
@@ -107,8 +138,10 @@ class Recipe(Value):
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr_batch", "stages"):
             check_range(f"recipe {name}", getattr(self, name), 1)
-        for name in ("warmup", "weight_decay", "head_epochs", "freeze", "patience", "seed"):
+        counts = ("head_epochs", "freeze", "patience", "seed", "least_steps", "norm_batches", "minival")
+        for name in ("warmup", "weight_decay", "memory_gb", *counts):
             check_range(f"recipe {name}", getattr(self, name), 0)
+        check_range("recipe least_area", self.least_area, 0.01, 1)
         for name in ("lr", "head_lr"):
             check_range(f"recipe {name}", getattr(self, name), 1e-9, 100)
         for name in ("momentum", "ema", "label_smoothing"):
@@ -126,21 +159,28 @@ class Recipe(Value):
             pair = getattr(self, name)
             for value in pair or ():
                 check_range(f"recipe {name}", value, 8 if name == "size_px" else 0, high)
-        for name, options in (("optimizer", Optimizer), ("crop", Crop), ("precision", Precision)):
-            check_choice(f"recipe {name}", getattr(self, name), get_args(options))
-        check_choice("recipe monitor", self.monitor, ("accuracy", "nll"))
-        check_choice("recipe on_error", self.on_error, ("error", "skip"))
+        for f in dataclasses.fields(self):
+            if get_args(f.type) and all(isinstance(option, str) for option in get_args(f.type)):
+                check_choice(f"recipe {f.name}", getattr(self, f.name), get_args(f.type))
         if self.stages > self.epochs:
             raise UsageError(
                 f"recipe {self.name!r} has {self.stages} stages in {self.epochs} epochs: at most one a stage."
             )
+        if self.memory_gb and self.least_steps:
+            raise UsageError("recipe least_steps counts steps of a fixed batch: it cannot be set beside memory_gb.")
 
-    def rate(self, progress: float, epochs_done: float) -> float:
-        """The learning rate: a linear warm-up of `warmup` epochs replaces the schedule until it is over."""
-        peak = self.lr * self.batch / self.lr_batch
+    def rate(self, progress: float, epochs_done: float, batch: int | None = None) -> float:
+        """The learning rate for `batch` images a step: a linear warm-up replaces the schedule until it is over.
+
+        It is `lr * batch / lr_batch` at its peak: twice the images, twice the step (Goyal et al. 2017).
+        """
+        peak = self.lr * (self.batch if batch is None else batch) / self.lr_batch
         if epochs_done < self.warmup:
             return peak * epochs_done / self.warmup
         return peak * self.schedule.at(progress)
+
+
+SCHEDULES = tuple(f.name for f in dataclasses.fields(Recipe) if f.type is Schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,80 +199,153 @@ class Phase(Value):
     head_only: bool = False
 
 
-def phases(recipe: Recipe, network: Network) -> tuple[Phase, ...]:
+def phases(recipe: Recipe, network: Network, images: int | None = None) -> tuple[Phase, ...]:
     """The phases of `recipe` for `network`, in order; a head-only phase first where the recipe has `head_epochs`.
 
-    Values of phase i of M are first + (last - first) * i / (M - 1); sizes are rounded to whole pixels. Epochs are dealt
-    as evenly as whole epochs allow. `UsageError` when a size is below the network's stride. Tan & Le 2021, Algorithm 1.
+    Phase i of M has the values of `rise` between first and last at i / (M - 1), sizes rounded to whole pixels. Epochs are
+    dealt as evenly as whole epochs allow. `images`: how many there are to train on, where that is known.
+    `UsageError` for a size below the network's stride, a batch of more than `images`, a phase that no batch fits.
+    Tan & Le 2021, Algorithm 1; `growth` `official`: sizes and the ends of phases as in the released code.
+
+    >>> from effnet.families import get
+    >>> [phase.size_px for phase in phases(RECIPES["v2-s-paper"], get("efficientnetv2_s"))]
+    [128, 185, 243, 300]
     """
     sizes = recipe.size_px or (network.resolution, network.resolution)
     if recipe.freeze > len(network.stages):
         raise UsageError(f"recipe freeze is {recipe.freeze}, but {network.name} has {len(network.stages)} stages.")
     if min(sizes) < network.stride:
         raise UsageError(f"recipe size_px {sizes} is below the stride {network.stride} of {network.name}.")
+    if images is not None and recipe.batch > images and not recipe.memory_gb:
+        raise UsageError(f"recipe batch is {recipe.batch}, but there are {images} images to train on: --set batch=N.")
     pairs = {
-        "size_px": sizes,
         "magnitude": recipe.magnitude,
         "mixup": recipe.mixup,
         "cutmix": recipe.cutmix,
         "dropout": recipe.dropout or (network.dropout, network.dropout),
         "drop_path": recipe.drop_path or (network.drop_path, network.drop_path),
     }
-    count = recipe.stages
-    ends = [round(recipe.epochs * (i + 1) / count) for i in range(count)]
-    rows = []
-    if recipe.head_epochs:
-        plain = {"size_px": sizes[0], "magnitude": 0.0, "mixup": 0.0, "cutmix": 0.0, "dropout": 0.0, "drop_path": 0.0}
-        rows.append(Phase(index=0, epochs=recipe.head_epochs, batch=recipe.batch, head_only=True, **plain))
+    count, official = recipe.stages, recipe.growth == "official"
+    ends = [(int if official else round)(recipe.epochs * i / count) for i in range(count + 1)]
+    rows: list[Phase] = []
     for i in range(count):
         part = i / (count - 1) if count > 1 else 1.0
-        values: dict[str, Any] = {name: first + (last - first) * part for name, (first, last) in pairs.items()}
-        values["size_px"] = round(values["size_px"])
-        epochs = ends[i] - (ends[i - 1] if i else 0)
-        rows.append(Phase(index=len(rows), epochs=epochs, batch=recipe.batch, **values))
+        size_px = round(recipe.rise.between(*sizes, part))
+        if official:
+            size_px = int(sizes[0] + (sizes[1] - sizes[0]) * (i + 1) / count)
+        batch = largest_batch(recipe, network, size_px, images) if recipe.memory_gb else recipe.batch
+        values: dict[str, Any] = {name: recipe.rise.between(*pair, part) for name, pair in pairs.items()}
+        rows.append(Phase(index=i, epochs=ends[i + 1] - ends[i], size_px=size_px, batch=batch, **values))
+    if recipe.head_epochs:
+        plain = dict.fromkeys(pairs, 0.0)
+        rows = [
+            rows[0].replace(epochs=recipe.head_epochs, head_only=True, **plain),
+            *(row.replace(index=row.index + 1) for row in rows),
+        ]
     return tuple(rows)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+MOST_BATCH = 4096  # the papers' own
+LEAST_STEPS = 10  # of an epoch, where memory alone would put all images into one
+
+
+def memory(recipe: Recipe, network: Network, size_px: int, batch: int, precision: str | None = None) -> int:
+    """Estimated bytes of a training step by `cost.training_bytes`, with this recipe's optimizer and average.
+
+    `precision` `bfloat16` halves the activations; None: the recipe's, and float32 where that is `auto`.
+    """
+    spent = cost(network, size_px).to_dict()
+    slots = (1 if recipe.momentum else 0) if recipe.optimizer == "sgd" else 2
+    element = 2 if (precision or recipe.precision) == "bfloat16" else 4
+    return int(training_bytes(spent, batch, slots=slots, ema=recipe.ema > 0, element=element))
+
+
+def fitting_batch(recipe: Recipe, network: Network, size_px: int, limit: float, precision: str | None = None) -> int:
+    """The largest batch whose step takes at most `limit` bytes; 0 when not even one image fits."""
+    fixed, one = (memory(recipe, network, size_px, batch, precision) for batch in (0, 1))
+    return max(0, int((limit - fixed) // (one - fixed)))
+
+
+def largest_batch(recipe: Recipe, network: Network, size_px: int, images: int | None = None) -> int:
+    """The batch of a phase under `memory_gb`: a multiple of 8 from 8 on, at most 4,096 and a tenth of the images."""
+    limit = 1e9 * recipe.memory_gb
+    most = MOST_BATCH if images is None else min(MOST_BATCH, max(images // LEAST_STEPS, 1))
+    batch = min(most, fitting_batch(recipe, network, size_px, limit))
+    if batch < 1:
+        raise UsageError(f"memory_gb is {recipe.memory_gb:g}: {too_large(recipe, network, size_px, 1, limit)}")
+    return batch // 8 * 8 if batch >= 8 else batch
+
+
+def too_large(
+    recipe: Recipe, network: Network, size_px: int, batch: int, limit: float, precision: str | None = None
+) -> str:
+    """The sentence that names what does not fit into `limit` bytes, and what would."""
+    needed = memory(recipe, network, size_px, batch, precision)
+    fits = fitting_batch(recipe, network, size_px, limit, precision)
+    words = f"batch {fits} would fit (--set batch={fits})"
+    if not fits:
+        sizes = range(size_px, network.stride - 1, -1)
+        px = next((px for px in sizes if fitting_batch(recipe, network, px, limit, precision)), None)
+        words = "nothing of this network would fit" if px is None else f"one image of {px} px would fit"
+    return (
+        f"the phase at {size_px} px with batch {batch} takes about {needed / 1e9:.2f} GB of {limit / 1e9:.2f}; {words}."
+    )
+
+
+# --- where a step is ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A step: its phase, the epoch over the whole run, its number in the epoch, and how many `steps` that one has."""
+
+    phase: Phase
+    epoch: int
+    step_in_epoch: int
+    steps: int
+
+
+def steps_per_epoch(images: int, batch: int) -> int:
+    """Full batches in an epoch; one smaller batch when there are fewer images than that."""
+    return max(1, images // batch)
+
+
+def places(rows: Sequence[Phase], images: int, done: int = 0) -> Iterator[Place]:
+    """The next step of each epoch that is left after `done` steps of the whole run: the first one may be under way."""
+    epoch = 0
+    for phase in rows:
+        steps = steps_per_epoch(images, phase.batch)
+        for _ in range(phase.epochs):
+            if done < steps:
+                yield Place(phase=phase, epoch=epoch, step_in_epoch=done, steps=steps)
+            done = max(0, done - steps)
+            epoch += 1
+
+
+def rate(recipe: Recipe, place: Place) -> float:
+    """The learning rate of the step at `place`; a head-only phase has its own, constant. Progress is in epochs."""
+    if place.phase.head_only:
+        return recipe.head_lr
+    done = place.epoch - recipe.head_epochs + place.step_in_epoch / place.steps
+    return recipe.rate(done / recipe.epochs, done + 1 / place.steps, place.phase.batch)
+
+
+def for_images(recipe: Recipe, images: int) -> Recipe:
+    """The recipe with as many epochs as its `least_steps` take with so many images.
+
+    >>> for_images(get("v2-transfer-paper"), 2040).epochs
+    3334
+    """
+    steps = steps_per_epoch(images, recipe.batch)
+    return recipe.replace(epochs=max(recipe.epochs, -(-recipe.least_steps // steps)))
 
 
 # --- the named recipes ----------------------------------------------------------------------------------------------
 
-FINETUNE = Recipe(
-    name="finetune",
-    epochs=15,
-    lr=1e-3,
-    warmup=1,
-    norm_momentum=0.1,
-    weight_decay=1e-2,
-    ema=0.998,
-    label_smoothing=0.1,
-    crop="inception",
-    magnitude=(5, 5),
-    drop_path=(0.1, 0.1),
-    patience=6,
-)
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        FINETUNE,
-        # images without an up: solar cells, tiles, wafers, microscopy. The whole image is kept, in all eight turns.
-        FINETUNE.replace(name="inspection", crop="dihedral", magnitude=(0, 0), label_smoothing=0.0),
-        # small data from random weights: RMSProp as in the papers, at a rate for small batches
-        Recipe(
-            name="scratch",
-            epochs=60,
-            batch=64,
-            optimizer="rmsprop",
-            lr=0.016,
-            lr_batch=256,
-            warmup=3,
-            weight_decay=1e-5,
-            ema=0.999,
-            label_smoothing=0.1,
-            crop="inception",
-            magnitude=(5, 5),
-        ),
-    )
-}
+RECIPES = {name: Recipe.from_dict({"name": name, **fields}) for name, (_, fields) in PRESETS.items()}
+FINETUNE = RECIPES["finetune"]
 
 
 def get(name: str) -> Recipe:
@@ -245,19 +358,18 @@ def get(name: str) -> Recipe:
 def with_settings(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
     """The recipe with fields set from text, as `--set lr=0.01 --set size_px=96,160` gives them.
 
-    `schedule.kind=linear` reaches into the schedule; a pair may be one number for both ends; `none` is None.
+    `schedule.kind=linear` reaches into a schedule; a pair may be one number for both ends; `none` is None.
     `UsageError` for an unknown field (naming the nearest) or a value that does not fit.
 
     >>> with_settings(FINETUNE, {"size_px": "96,160", "lr": "0.01"}).size_px
     (96, 160)
     """
     changes: dict[str, Any] = {}
-    schedule = recipe.schedule
     for name, text in settings.items():
-        if name.startswith("schedule."):
-            inner = name.removeprefix("schedule.")
-            schedule = schedule.replace(**{inner: _parse(schedule, inner, text)})
-            changes["schedule"] = schedule
+        outer, _, inner = name.partition(".")
+        if inner and outer in SCHEDULES:
+            schedule = changes.get(outer, getattr(recipe, outer))
+            changes[outer] = schedule.replace(**{inner: _parse(schedule, inner, text)})
         else:
             changes[name] = _parse(recipe, name, text)
     return recipe.replace(**changes)
@@ -268,6 +380,8 @@ def _parse(value: Value, name: str, text: str) -> Any:
     fields = {f.name: f.type for f in dataclasses.fields(value)}  # ty: ignore[invalid-argument-type]
     check_choice(f"{type(value).__name__} field", name, fields)
     kind = fields[name]
+    if kind is Schedule:
+        raise UsageError(f"recipe field {name} is a schedule: --set {name}.kind=linear, {name}.end, .rate, .every.")
     options = (kind, *get_args(kind))
     if text.lower() == "none" and type(None) in options:
         return None

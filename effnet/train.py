@@ -29,8 +29,8 @@ from effnet.evaluate import evaluate
 from effnet.images import normalise
 from effnet.network import Model, replace_head
 from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors, set_learning
-from effnet.plan import Plan, check_disk, environment, plan, precision_context, steps_per_epoch
-from effnet.recipes import Phase, Recipe
+from effnet.plan import Plan, check_disk, environment, plan, precision_context
+from effnet.recipes import Phase, Place, Recipe, for_images, places, rate
 from effnet.samples import Splits
 from effnet.value import UsageError
 
@@ -68,15 +68,6 @@ class State:
     def evaluated(self) -> Model:
         """The model that is judged and kept: the average of the weights, where there is one."""
         return self.average.model if self.average is not None else self.model
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a step is: its phase, the epoch over the whole run, the step within the epoch."""
-
-    phase: Phase
-    epoch: int
-    step_in_epoch: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +114,19 @@ def training(
         model = replace_head(model, splits.classes)
         # From zero all classes start equal; the published range 1/sqrt(classes) is far too wide for a handful of them.
         nn.init.zeros_(model.classifier.weight)
+    recipe = for_images(recipe, len(splits.train))
     todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device)
     log = functools.partial(_logged, out)
     yield log(_start_event(splits, todo, state, device, weights))
     with _signals() as stop:
-        for place in _places(todo, state.step):
+        for place in places(todo.phases, todo.train_images, state.step):
             if recipe.patience and state.since_best >= recipe.patience:
                 yield log({"event": "early_stop", "step": state.step, "patience": recipe.patience})
                 break
             yield from map(log, _phase_events(todo, state, place))
+            end = state.step - place.step_in_epoch + place.steps
             yield from map(log, _epoch(splits, todo, state, place, stop, device, workers))
-            finished = state.step % steps_per_epoch(todo.train_images, recipe.batch) == 0
+            finished = state.step == end
             if finished:
                 yield log(_end_of_epoch(splits, todo, state, place, out, device))
             if stop:
@@ -201,7 +194,7 @@ def _resumed(splits: Splits, model: Model, recipe: Recipe, out: Path, device: st
     state.step, state.losses = saved.extra["step"], saved.extra["losses"]
     state.best, state.best_epoch, state.since_best = (saved.extra[k] for k in ("best", "best_epoch", "since_best"))
     if state.step:
-        phase = _place(todo, state.step - 1).phase
+        phase = next(places(todo.phases, todo.train_images, state.step - 1)).phase
         state.optimizer = optimizer(state.model, todo.recipe, head_only=phase.head_only)
         load_optimizer_tensors(state.model, state.optimizer, saved.state("optimizer"))
     _keep_log(out / "log.jsonl", state.step)
@@ -222,30 +215,6 @@ def _keep_log(path: Path, step: int) -> None:
     path.write_text("".join(kept))
 
 
-# --- where a step is ------------------------------------------------------------------------------------------------
-
-
-def _place(todo: Plan, step: int) -> Place:
-    """The phase, epoch and step within the epoch of step number `step` of the whole run."""
-    per_epoch = steps_per_epoch(todo.train_images, todo.recipe.batch)
-    epoch, step_in_epoch = divmod(step, per_epoch)
-    first = 0
-    for row in todo.rows:
-        if epoch < first + row.phase.epochs:
-            return Place(phase=row.phase, epoch=epoch, step_in_epoch=step_in_epoch)
-        first += row.phase.epochs
-    raise IndexError(step)
-
-
-def _places(todo: Plan, done: int) -> Iterator[Place]:
-    """The epochs that are left, the first one possibly begun."""
-    per_epoch = steps_per_epoch(todo.train_images, todo.recipe.batch)
-    total = per_epoch * sum(row.phase.epochs for row in todo.rows)
-    while done < total:
-        yield _place(todo, done)
-        done += per_epoch - done % per_epoch
-
-
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +233,8 @@ def _epoch(
         preprocess=todo.preprocess,
         train=True,
         crop=recipe.crop,
+        least_area=recipe.least_area,
+        policy=recipe.policy,
         magnitude=phase.magnitude,
         seed=recipe.seed,
         epoch=place.epoch,
@@ -276,7 +247,7 @@ def _epoch(
     clock = time.perf_counter()
     for batch in source:
         arrived = time.perf_counter()
-        rate = _set_rate(state, todo, phase)
+        lr = _set_rate(state, todo)
         loss = _step(state, todo, phase, batch, class_weights, device)
         state.step += 1
         state.losses.append(loss)
@@ -289,7 +260,7 @@ def _epoch(
             "epoch": place.epoch,
             "phase": phase.index,
             "loss": round(loss, 6),
-            "lr": rate,
+            "lr": lr,
             "images_per_s": round(len(batch.labels) / (now - clock), 2),
             "wait_ms": round(1e3 * (arrived - clock), 2),
             "step_ms": round(1e3 * (now - clock), 2),
@@ -306,18 +277,12 @@ def _prepare(state: State, phase: Phase, freeze: int) -> None:
     state.model.train(not phase.head_only)
 
 
-def _set_rate(state: State, todo: Plan, phase: Phase) -> float:
-    """The learning rate of the next step, set on the optimizer. A head-only phase has its own, constant."""
-    recipe = todo.recipe
-    rate = recipe.head_lr
-    if not phase.head_only:
-        per_epoch = steps_per_epoch(todo.train_images, recipe.batch)
-        done = state.step - per_epoch * recipe.head_epochs
-        total = per_epoch * recipe.epochs
-        rate = recipe.rate(done / total, (done + 1) / per_epoch)
+def _set_rate(state: State, todo: Plan) -> float:
+    """The learning rate of the next step, set on the optimizer."""
+    lr = rate(todo.recipe, next(places(todo.phases, todo.train_images, state.step)))
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    return rate
+        group["lr"] = lr
+    return lr
 
 
 def _step(state: State, todo: Plan, phase: Phase, batch: data.Batch, class_weights: Tensor, device: str) -> float:
