@@ -5,19 +5,25 @@ Claim     Tan & Le 2019, Table 3 and Figure 8: at the same multiply-adds, scalin
           that were searched for on a baseline are better for it, at a larger budget, than those found on B0.
 Protocol  Three baselines of 0.7 to 1.8 M multiply-adds at 32 px (4 times that at 64 px), written as rows below; widths
           in multiples of 2 and layers rounded to the nearest, so that a budget can be met. Each is fitted
-          (effnet.fitting, hard limits) to 2 and 4 times its own multiply-adds along four ways. Realised costs stand in
-          the table: rounding leaves some ways below the limit.
+          (effnet.fitting, hard limits) to 2 and 4 times its own multiply-adds along four ways: depth, width and
+          resolution alone, and "compound", which is fitted along="free": all three rise by the paper's coefficients
+          until a limit stops one, and the others then take what is left. Along the ray itself whole layers of so
+          small networks would leave up to a quarter of the budget, and compound would be judged for that. So it is
+          compound with its remainder spent, never below the ray's answer in any dimension. Realised costs stand in the
+          table: rounding leaves single dimensions below the limit too.
           The same short recipe from random weights for all; test accuracy of the last epoch; seeds 0, 1, 2, which draw
           weights and order. Intervals are Student's t over seeds (95 %), differences to compound are paired by seed.
-          Fashion-MNIST: 6,000 of its training images (--images), 28 px scaled up, so resolution adds no information.
-          ELPV cells (300 px, module-wise split): 64 px baselines, where it does; weighted accuracy.
-Command   python experiments/compound.py run --jobs 2
+          Fashion-MNIST: 6,000 of its training images, 28 px scaled up, so resolution adds no information.
+          ELPV cells (300 px, module-wise split): 64 px baselines, where it does; weighted accuracy, and AUROC beside
+          it: after a few epochs from random weights, accuracy can be that of a constant prediction, AUROC cannot.
+Command   python experiments/compound.py run --jobs 2     (cheaper: --data fashion-mnist --epochs 5 --images 3000)
           python experiments/compound.py search && python experiments/compound.py run --jobs 2 --step2
           python experiments/compound.py table; python experiments/compound.py figure
 Time      (to be filled in from results/compound.jsonl)
 Outcome   (to be filled in)
 
-A row of results/compound.jsonl per run; what is there is not run again. ELPV: CC BY-NC-SA 4.0, see experiments/elpv.py.
+A row of results/compound.jsonl per run; what is there is not run again, and runs of other epochs or images never share
+a line of the table or a panel of the figure. ELPV: CC BY-NC-SA 4.0, see experiments/elpv.py.
 """
 
 import argparse
@@ -46,10 +52,24 @@ STUDY = ROOT / "results" / "compound-search.jsonl"
 FIGURE = ROOT / "docs" / "figures" / "compound.png"
 WAYS = ("compound", "depth", "width", "resolution")
 BUDGETS = (2, 4)
-# classes, px of the baseline, epochs, the metric, and how an image is seen in training
+# classes, px of the baseline, epochs and training images (0: all) by default, metrics, how training sees an image
 DATA: dict[str, dict[str, Any]] = {
-    "fashion-mnist": {"classes": 10, "px": 32, "epochs": 8, "metric": "accuracy", "crop": "resize"},
-    "elpv-modules": {"classes": 2, "px": 64, "epochs": 12, "metric": "weighted_accuracy", "crop": "dihedral"},
+    "fashion-mnist": {
+        "classes": 10,
+        "px": 32,
+        "epochs": 8,
+        "images": 6_000,
+        "metrics": ("accuracy",),
+        "crop": "resize",
+    },
+    "elpv-modules": {
+        "classes": 2,
+        "px": 64,
+        "epochs": 12,
+        "images": 0,
+        "metrics": ("weighted_accuracy", "auroc"),
+        "crop": "dihedral",
+    },
 }
 
 
@@ -106,10 +126,10 @@ BASELINES = {
 }
 
 
-def baseline(name: str, data: str) -> Network:
+def baseline(name: str, data: str, px: int | None = None) -> Network:
     """The baseline for a data set: its classes, its size."""
     network, about = BASELINES[name], DATA[data]
-    px = about["px"]
+    px = px or about["px"]
     network = network.with_classes(about["classes"])
     return network.replace(resolution=px, preprocess=network.preprocess.with_size(px))
 
@@ -131,7 +151,14 @@ def fitted(name: str, data: str, way: str, budget: int, coefficients: Coefficien
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
-    """Trains one network from random weights and judges its last epoch on the test images."""
+    """Trains the network of a job of the grid and judges its last epoch on the test images."""
+    network = fitted(job["baseline"], job["data"], job["way"], job["budget"], Coefficients(*job["coefficients"]))
+    limit = job["budget"] * cost(baseline(job["baseline"], job["data"])).macs
+    return job | {"share_of_limit": cost(network).macs / limit} | judged(network, job)
+
+
+def judged(network: Network, job: dict[str, Any]) -> dict[str, Any]:
+    """`network` after a short training from random weights: `data`, `epochs`, `images` and `seed` of the job."""
     import torch
 
     from effnet.checkpoint import load, to_model
@@ -143,7 +170,6 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     from effnet.train import train
 
     started, about = time.perf_counter(), DATA[job["data"]]
-    network = fitted(job["baseline"], job["data"], job["way"], job["budget"], Coefficients(*job["coefficients"]))
     recipe = PROXY.replace(
         name="compound", epochs=job["epochs"], seed=job["seed"], crop=about["crop"], warmup=min(1.0, job["epochs"] / 4)
     )
@@ -157,17 +183,16 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         training = time.perf_counter()
         train(splits, model, recipe, out, workers=0)
         trained = time.perf_counter() - training
-        judged = evaluate(to_model(load(out / "last.safetensors")), splits.test, bootstrap=0, workers=0)
+        test = evaluate(to_model(load(out / "last.safetensors")), splits.test, bootstrap=0, workers=0)
     spent = cost(network)
-    return job | {
+    return {
         "network": network.to_dict(),
         "px": network.resolution,
         "macs": spent.macs,
         "params": spent.params,
-        "share_of_limit": spent.macs / (job["budget"] * cost(baseline(job["baseline"], job["data"])).macs),
         "train_images": len(splits.train),
         "images_per_s": round(len(splits.train) * job["epochs"] / trained, 1),
-        "test": judged.metrics,
+        "test": test.metrics,
         "recipe": recipe.to_dict(),
         "seconds": round(time.perf_counter() - started, 1),
         "environment": environment("cpu"),
@@ -195,7 +220,7 @@ def jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
                     "budget": budget,
                     "seed": seed,
                     "epochs": args.epochs or DATA[data]["epochs"],
-                    "images": args.images if data == "fashion-mnist" else 0,
+                    "images": DATA[data]["images"] if args.images is None else args.images,
                     "coefficients": list(coefficients[way].to_dict().values()),
                 }
             )
@@ -218,37 +243,46 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """All runs that are not in the results yet, `--jobs` at a time, each a process with one thread."""
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    if args.results.exists() and not args.results.read_text().endswith("\n"):
-        whole = args.results.read_bytes()
-        args.results.write_bytes(whole[: whole.rfind(b"\n") + 1])
+    """The runs of the grid that are not in the results yet."""
     done = {identity(row) for row in read(args.results)}
     todo = [job for job in jobs(args) if identity(job) not in done]
     print(f"{len(todo)} runs to do, {len(done)} in {args.results}", flush=True)
+    in_processes(__file__, todo, args.results, args.jobs)
+
+
+def in_processes(script: str, todo: Sequence[dict[str, Any]], results: Path, at_once: int) -> None:
+    """`script one JOB` for every job, each in a process with one thread; rows are appended as they finish."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    if results.exists() and not results.read_text().endswith("\n"):  # a line that a kill tore
+        whole = results.read_bytes()
+        results.write_bytes(whole[: whole.rfind(b"\n") + 1])
     started = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for number, line in enumerate(pool.map(lambda job: subrun(job, args.results), todo), start=1):
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        for number, line in enumerate(pool.map(lambda job: subrun(script, job, results), todo), start=1):
             left = (time.perf_counter() - started) / number * (len(todo) - number)
             print(f"{number}/{len(todo)} {line}; about {left / 60:.0f} min left", flush=True)
 
 
-def subrun(job: dict[str, Any], results: Path) -> str:
+def subrun(script: str, job: dict[str, Any], results: Path) -> str:
     """One run in a process of its own; its line is appended when it has finished."""
-    command = [sys.executable, __file__, "one", json.dumps(job)]
+    command = [sys.executable, script, "one", json.dumps(job)]
     finished = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
     words = f"{job['data']} {job['baseline']} {job['way']} x{job['budget']} seed {job['seed']}"
     if finished.returncode:
         return f"{words}: FAILED\n{finished.stderr[-2000:]}"
-    line = finished.stdout.strip().splitlines()[-1]
+    row = json.loads(finished.stdout.strip().splitlines()[-1])
+    append(row, results)
+    return f"{words}: {score(row):.2f} %, {row['macs']:,} MACs, {row['seconds']} s"
+
+
+def append(row: dict[str, Any], results: Path) -> None:
+    """A row that is on the disk when this returns."""
     with open(results, "a") as file:
-        file.write(line + "\n")
+        file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    row = json.loads(line)
-    return f"{words}: {row['test'][DATA[row['data']]['metric']]:.4f}, {row['macs']:,} MACs, {row['seconds']} s"
 
 
 # --- step 1 ---------------------------------------------------------------------------------------------------------
@@ -264,7 +298,9 @@ def search(args: argparse.Namespace) -> None:
     from effnet.proxy import PROXY, fewer, proxy
 
     torch.set_num_threads(args.jobs)
-    splits = fewer(open_data("fashion-mnist", split_seed=0), args.images)
+    images = DATA["fashion-mnist"]["images"] if args.images is None else args.images
+    splits = open_data("fashion-mnist", split_seed=0)
+    splits = fewer(splits, images) if images else splits
     found = search_coefficients(
         baseline(args.baselines[0], "fashion-mnist"),
         proxy(splits, PROXY.replace(crop="resize"), workers=0),
@@ -273,7 +309,7 @@ def search(args: argparse.Namespace) -> None:
         seeds=len(args.seeds),
         tolerance=args.tolerance,
         study=args.study,
-        about={"images": args.images},
+        about={"images": images},
         progress=lambda done, total, words: print(f"{done}/{total} {words}", flush=True),
     )
     heat_map(found, FIGURE.with_name("compound-search.png"))
@@ -295,15 +331,24 @@ def found_coefficients(study: Path) -> Coefficients:
 
 
 def groups(found: Sequence[dict[str, Any]]) -> dict[tuple, dict[int, dict[str, Any]]]:
-    """Runs by (data, baseline, budget, way), then by seed."""
+    """Runs by (setting, baseline, budget, way), then by seed; a setting is (data, images, epochs)."""
     grouped: dict[tuple, dict[int, dict[str, Any]]] = {}
     for row in found:
-        grouped.setdefault((row["data"], row["baseline"], row["budget"], row["way"]), {})[row["seed"]] = row
+        setting = (row["data"], row["images"], row["epochs"])
+        way = row["way"] if row["way"] != "found" else f"found {row['coefficients']}"
+        grouped.setdefault((setting, row["baseline"], row["budget"], way), {})[row["seed"]] = row
     return dict(sorted(grouped.items()))
 
 
-def score(row: dict[str, Any]) -> float:
-    return 100 * row["test"][DATA[row["data"]]["metric"]]
+def worded(setting: tuple) -> str:
+    """As "fashion-mnist, 6,000 images, 8 epochs"."""
+    data, images, epochs = setting
+    return f"{data}, {f'{images:,}' if images else 'all'} images, {epochs} epochs"
+
+
+def score(row: dict[str, Any], metric: str | None = None) -> float:
+    """A metric of the test images in per cent; by default the first of the data set."""
+    return 100 * row["test"][metric or DATA[row["data"]]["metrics"][0]]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -314,23 +359,31 @@ def interval(values: Sequence[float]) -> str:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: every group with its realised cost, its accuracy, and compound minus it, paired by seed."""
+    """Markdown: every group with its realised cost, its metrics, and compound minus it, paired by seed."""
     heads = ["data", "baseline", "budget", "way", "px", "params", "MACs", "of the limit", "seeds", "accuracy in %"]
-    heads += ["compound minus it", "verdict"]
+    heads += ["compound minus it", "verdict", "AUROC in %", "compound minus it"]
     lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
     grouped = groups(found)
-    for (data, name, budget, way), seeds in grouped.items():
+    for (setting, name, budget, way), seeds in grouped.items():
         row = next(iter(seeds.values()))
-        compound = grouped.get((data, name, budget, "compound"), {})
-        both = sorted(seeds.keys() & compound.keys()) if way != "compound" else []
-        differences = [score(compound[seed]) - score(seeds[seed]) for seed in both]
-        bounds = t_interval(differences) if differences else None
-        verdict = "" if bounds is None else "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else "tie"
-        cells = [data, name, f"x{budget}", way, row["px"], f"{row['params']:,}", f"{row['macs']:,}"]
-        cells += [f"{100 * row['share_of_limit']:.1f} %", len(seeds), interval([score(one) for one in seeds.values()])]
-        cells += [interval(differences) if differences else "", verdict]
+        compound = grouped.get((setting, name, budget, "compound"), {}) if way != "compound" else {}
+        cells = [worded(setting), name, f"x{budget}", way, row["px"], f"{row['params']:,}", f"{row['macs']:,}"]
+        cells += [f"{100 * row['share_of_limit']:.1f} %", len(seeds)]
+        accuracy, *others = DATA[setting[0]]["metrics"]
+        cells += [*against(seeds, compound, accuracy), *(against(seeds, compound, others[0])[:2] if others else "  ")]
         lines.append(" | ".join(map(str, cells)))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def against(seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]], metric: str) -> tuple[str, ...]:
+    """Mean of the runs; reference minus them, paired by seed; whether the reference is better, worse, or neither."""
+    differences = [
+        score(reference[seed], metric) - score(seeds[seed], metric) for seed in sorted(seeds.keys() & reference.keys())
+    ]
+    bounds = t_interval(differences) if differences else None
+    verdict = "" if bounds is None else "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else "tie"
+    mean = interval([score(row, metric) for row in seeds.values()])
+    return mean, interval(differences) if differences else "", verdict
 
 
 def figure(found: Sequence[dict[str, Any]], path: Path) -> None:
@@ -339,16 +392,17 @@ def figure(found: Sequence[dict[str, Any]], path: Path) -> None:
 
     from effnet.plots import INK
 
-    colours = dict(zip((*WAYS, "found"), ("#d1495b", "#2f7fd1", "#2a9d6f", "#b8860b", "#9467bd"), strict=True))
     grouped = groups(found)
+    colours = dict(zip(WAYS, ("#d1495b", "#2f7fd1", "#2a9d6f", "#b8860b"), strict=True))
+    colours |= {way: "#9467bd" for *_, way in grouped if way.startswith("found")}
     sets, names = (sorted({key[axis] for key in grouped}) for axis in (0, 1))
     made = Figure(figsize=(3.6 * len(names), 3.0 * len(sets)), layout="constrained")
     panels = made.subplots(len(sets), len(names), squeeze=False)
-    for (y, data), (x, name) in itertools.product(enumerate(sets), enumerate(names)):
+    for (y, setting), (x, name) in itertools.product(enumerate(sets), enumerate(names)):
         axes = panels[y][x]
         for way, colour in colours.items():
-            line = [(key, seeds) for key, seeds in grouped.items() if key[:2] == (data, name) and key[3] == way]
-            line = [(key, seeds) for key, seeds in grouped.items() if key == (data, name, 1, "baseline")] + line
+            line = [(key, seeds) for key, seeds in grouped.items() if key[:2] == (setting, name) and key[3] == way]
+            line = [(key, seeds) for key, seeds in grouped.items() if key == (setting, name, 1, "baseline")] + line
             if len(line) < 2:
                 continue
             macs = [next(iter(seeds.values()))["macs"] for _, seeds in line]
@@ -359,13 +413,13 @@ def figure(found: Sequence[dict[str, Any]], path: Path) -> None:
                 macs, means, half, color=colour, marker="o", markersize=3, capsize=2, linewidth=1.2, label=way
             )
         axes.set_xscale("log")
-        axes.set_title(f"{name}, {data}", fontsize=9, color=INK)
+        axes.set_title(f"{name}\n{worded(setting)}", fontsize=8, color=INK)
         axes.tick_params(colors=INK, which="both", labelsize=7)
         axes.grid(color=INK, alpha=0.25, linewidth=0.6)
         for spine in axes.spines.values():
             spine.set_visible(False)
         if not x:
-            axes.set_ylabel(f"test {DATA[data]['metric'].replace('_', ' ')} in %", color=INK, fontsize=8)
+            axes.set_ylabel(f"test {DATA[setting[0]]['metrics'][0].replace('_', ' ')} in %", color=INK, fontsize=8)
         axes.set_xlabel("realised multiply-adds", color=INK, fontsize=8)
     panels[0][0].legend(fontsize=7, frameon=False, labelcolor=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,8 +440,8 @@ def main() -> None:
         sub.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
         sub.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))
         sub.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-        sub.add_argument("--epochs", type=int, help="default: 8 on fashion-mnist, 12 on elpv-modules")
-        sub.add_argument("--images", type=int, default=6_000, help="training images of fashion-mnist")
+        sub.add_argument("--epochs", type=int, help="default: 8 on fashion-mnist, 12 on elpv-modules; for `search`: 8")
+        sub.add_argument("--images", type=int, help="to train on, 0: all; default: 6000 of fashion-mnist, all of ELPV")
         sub.add_argument("--tolerance", type=float, default=0.05, help="of the search")
         sub.add_argument("--jobs", type=int, default=2)
         sub.add_argument("--study", type=Path, default=STUDY)
