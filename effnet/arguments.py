@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from effnet.coefficients import Evaluate
     from effnet.factory import Factory
     from effnet.network import Model
+    from effnet.plan import Stopwatch
     from effnet.samples import Splits
 
 # --- the options that verbs share -----------------------------------------------------------------------------------
@@ -47,8 +48,14 @@ PretrainedFrom = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help="Start from other weights: a network.tag or a file.")
 ]
 RecipeName = Annotated[
+    str,
+    typer.Option(
+        "--recipe", help="auto: chosen from the data and the weights, and said why; effnet recipes lists all."
+    ),
+]
+TimeBudget = Annotated[
     str | None,
-    typer.Option("--recipe", help=f"{', '.join(recipes.RECIPES)}. Default: finetune trained weights, else scratch."),
+    typer.Option(metavar="TIME", help="As 90s, 20m or 1.5h: fewer epochs, then smaller images, until it fits."),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Vary the recipe; may be given many times.")
@@ -62,6 +69,8 @@ Split = Annotated[Literal["test", "val", "train", "all"], typer.Option(help="The
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 SPLIT_SEED, VAL_FRACTION = 0, 0.15
+AUTO = "auto"
+WITHOUT_AN_UP = ("elpv", "elpv-modules")  # named sets whose pictures may be turned and mirrored at will
 
 
 def device(name: str) -> str:
@@ -148,26 +157,66 @@ def job(
     *,
     pretrained: bool,
     pretrained_from: str | None,
-    recipe: str | None,
+    recipe: str,
     settings: Sequence[str] | None,
     split_seed: int,
     val_fraction: float,
 ) -> Job:
-    """The data, the model to start from and the recipe. Raises `UsageError`."""
+    """The data, the model to start from and the recipe; `auto` is chosen from both. Raises `UsageError`."""
     from effnet.data import open_data
 
     changes = dict(map(_setting, settings or ()))
-    chosen = recipes.get(recipe) if recipe else None
+    chosen = None if recipe == AUTO else recipes.get(recipe)
     recipes.with_settings(chosen or recipes.FINETUNE, changes)  # a wrong word is refused before anything is read
     splits = open_data(data, split_seed=split_seed, val_fraction=val_fraction)
     start, trained = _start(model, pretrained, pretrained_from, len(splits.classes))
     why = ""
     if chosen is None:
-        chosen = recipes.get("finetune" if trained else "scratch")
-        weights = "trained" if trained else "random"
-        others = ", ".join(name for name in recipes.RECIPES if name != chosen.name)
-        why = f"recipe {chosen.name}, because the network starts from {weights} weights (--recipe {others})"
-    return Job(splits=splits, model=start, recipe=recipes.with_settings(chosen, changes), why=why)
+        upright = splits.name not in WITHOUT_AN_UP
+        chosen, why = recipes.choose(splits.train.counts().tolist(), trained=trained, upright=upright)
+    told = recipes.with_settings(chosen, changes)
+    return Job(splits=_with_minival(splits, told.minival, split_seed), model=start, recipe=told, why=why)
+
+
+def _with_minival(splits: "Splits", images: int, seed: int) -> "Splits":
+    """So many training images, cut by class, to validate on; the data's own validation part is then the test part."""
+    from effnet.samples import cut_validation
+
+    if not images:
+        return splits
+    if images > len(splits.train) / 2:
+        raise UsageError(
+            f"the recipe holds out minival={images} images to validate on, but there are {len(splits.train)} to train "
+            "on: --set minival=0 takes the val part of the data, or any N."
+        )
+    train, val = cut_validation(splits.train, images / len(splits.train), seed)
+    return replace(splits, train=train, val=val, test=splits.test or splits.val)
+
+
+def seconds(text: str) -> float:
+    """A time as `90s`, `20m` or `1.5h` in seconds.
+
+    >>> seconds("90s"), seconds("20m"), seconds("1.5h")
+    (90.0, 1200.0, 5400.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if not found or not float(found[1]):
+        raise UsageError(f"--time-budget {text!r} is no time: write 90s, 20m or 1.5h.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def in_time(job: Job, budget: str | None, device: str) -> tuple[Job, "Stopwatch | None"]:
+    """The job with its recipe shortened to fit the time budget, if there is one, and the clock that timed it."""
+    from effnet.plan import stopwatch, told, within_time
+
+    if budget is None:
+        return job, None
+    network = job.model.network.with_classes(len(job.splits.classes))
+    counts = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
+    watch = stopwatch(job.model, job.recipe, network, counts["train_images"], device)
+    recipe = within_time(job.recipe, network, seconds(budget), timing=watch, **counts)
+    why = f"{job.why}; " if job.why else ""
+    return replace(job, recipe=recipe, why=why + told(job.recipe, recipe, network)), watch
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ torch takes seconds to import, so whatever needs it is imported inside the verbs
 answer at once.
 """
 
+import fnmatch
 import functools
 import io
 import json
@@ -15,14 +16,16 @@ import sys
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.exceptions import TyperException
 
-from effnet import arguments, display, families, published
+from effnet import arguments, display, families, presets, published, recipes
 from effnet.arguments import (
+    AUTO,
     PATHS,
     SPLIT_SEED,
     VAL_FRACTION,
@@ -39,11 +42,13 @@ from effnet.arguments import (
     Settings,
     Split,
     SplitSeed,
+    TimeBudget,
     ValFraction,
     Workers,
 )
 from effnet.cost import cost, stage_rows
 from effnet.display import answer
+from effnet.recipes import Recipe
 from effnet.scale_command import scale
 from effnet.value import UsageError, nearest
 
@@ -177,6 +182,20 @@ def info(
 app.command(epilog="Example: effnet scale efficientnet_b0 --budget macs=1.5G --budget params=8M --save net.json")(scale)
 
 
+@app.command("recipes", epilog="Example: effnet recipes v2 --json")
+def recipes_(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a shell pattern such as v2-*-paper")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """The named recipes: the papers' (-paper as printed, -official as their code does it) and ours."""
+    wanted = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    names = [name for name in recipes.RECIPES if fnmatch.fnmatch(name, wanted)]
+    if not names:
+        raise UsageError(f"no recipe matches {pattern!r}.{nearest(pattern, recipes.RECIPES)}")
+    rows = [{"about": presets.PRESETS[name].about} | recipes.get(name).to_dict() for name in names]
+    answer(rows, as_json, lambda: display.show_recipes(display.console(), rows))
+
+
 # --- before training ------------------------------------------------------------------------------------------------
 
 
@@ -201,8 +220,9 @@ def plan(
     model: ModelOption,
     pretrained: Pretrained = False,
     pretrained_from: PretrainedFrom = None,
-    recipe: RecipeName = None,
+    recipe: RecipeName = AUTO,
     settings: Settings = None,
+    time_budget: TimeBudget = None,
     split_seed: SplitSeed = SPLIT_SEED,
     val_fraction: ValFraction = VAL_FRACTION,
     device: Device = "auto",
@@ -215,9 +235,13 @@ def plan(
         data, model, pretrained=pretrained, pretrained_from=pretrained_from, recipe=recipe, settings=settings,
         split_seed=split_seed, val_fraction=val_fraction,
     )  # fmt: skip
+    where = arguments.device(device)
+    job, watch = arguments.in_time(job, time_budget, where)
     counts: dict[str, Any] = {"train_images": len(job.splits.train), "val_images": len(job.splits.val or ())}
-    todo = planned(job.model, job.recipe, classes=job.splits.classes, device=arguments.device(device), **counts)
-    document = todo.to_dict() | {"data": job.splits.name, "note": job.splits.note, "seconds": todo.seconds}
+    todo = planned(job.model, job.recipe, classes=job.splits.classes, device=where, watch=watch, **counts)
+    document = todo.to_dict() | {
+        "data": job.splits.name, "note": job.splits.note, "why": job.why, "seconds": todo.seconds,
+    }  # fmt: skip
     answer(document, as_json, functools.partial(_show_plan, job, todo))
 
 
@@ -237,8 +261,9 @@ def train(
     model: ModelOption,
     pretrained: Pretrained = False,
     pretrained_from: PretrainedFrom = None,
-    recipe: RecipeName = None,
+    recipe: RecipeName = AUTO,
     settings: Settings = None,
+    time_budget: TimeBudget = None,
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/DATA-MODEL.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder, exactly.")] = False,
     split_seed: SplitSeed = SPLIT_SEED,
@@ -256,10 +281,13 @@ def train(
         split_seed=split_seed, val_fraction=val_fraction,
     )  # fmt: skip
     run = out or Path("runs") / f"{arguments.slug(data)}-{arguments.slug(model)}"
+    where = arguments.device(device)
+    if time_budget and resume and (run / "recipe.json").exists():
+        job = replace(job, recipe=Recipe.from_json((run / "recipe.json").read_text()), why="the recipe as it was begun")
+    else:
+        job, _ = arguments.in_time(job, time_budget, where)
     weights = pretrained_from or (model if pretrained else "")
-    options: dict[str, Any] = {
-        "resume": resume, "device": arguments.device(device), "workers": workers, "weights": weights,
-    }  # fmt: skip
+    options: dict[str, Any] = {"resume": resume, "device": where, "workers": workers, "weights": weights}
     people, event = display.console(stderr=as_json), {}
     display.show_note(people, job.why)
     try:

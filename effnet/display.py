@@ -202,7 +202,35 @@ def _bounds(interval: tuple[float, float] | None) -> str | None:
     return None if interval is None else f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}"
 
 
-# --- data and plans -------------------------------------------------------------------------------------------------
+# --- recipes, data and plans -----------------------------------------------------------------------------------------
+
+
+def show_recipes(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row per named recipe, values from first to last phase; of a single one all fields."""
+    if len(rows) == 1:
+        made = table(rows[0]["about"], ["field", rows[0]["name"]])
+        for name, value in rows[0].items():
+            if name not in ("about", "name"):
+                add(made, name, _pair(value) if isinstance(value, tuple) else value)
+        out.print(made)
+        return
+    made = table("", ["recipe", "for"], ["epochs", "batch", "rate at batch", "px", "dropout", "mixup"])
+    made.add_column("a view is made by")
+    made.columns[0].no_wrap = True
+    for row in rows:
+        steps = f", {row['least_steps']} steps" if row["least_steps"] else ""
+        lr = f"{row['lr']:g} at {row['lr_batch']}, {row['schedule']['kind']}"
+        strength = _pair(row["magnitude"])
+        policy = f"{row['policy']} {strength}" if row["policy"] == "randaugment" else row["policy"]
+        view = row["crop"] if policy == "randaugment 0" else f"{row['crop']}, {policy}"
+        pairs = (_pair(row[name]) for name in ("size_px", "dropout", "mixup"))
+        add(made, row["name"], row["about"], f"{row['epochs']}{steps}", row["batch"], lr, *pairs, view)
+    out.print(made)
+
+
+def _pair(values: Sequence[float] | None) -> str:
+    """First and last value, once where they are the same; None is the network's own."""
+    return "network" if values is None else " to ".join(f"{value:g}" for value in dict.fromkeys(values))
 
 
 def show_diagnosis(out: Console, found: "Diagnosis") -> None:
@@ -235,6 +263,8 @@ def show_plan(out: Console, todo: "Plan") -> None:
         number = f"{phase.index + 1} (head)" if phase.head_only else phase.index + 1
         add(made, number, phase.epochs, row.steps, phase.size_px, phase.batch, *(f"{s:g}" for s in strengths), *costs)
     out.print(made)
+    if todo.recipe.policy != "randaugment":
+        out.print(f"Views are changed by {todo.recipe.policy} instead of RandAugment.")
     out.print(
         f"{todo.train_images} images to train on, {todo.val_images} to validate on at {todo.preprocess.size} px. "
         f"{todo.params:,} parameters; {todo.precision} on {escape(todo.device)}, {todo.threads} threads; "
@@ -374,7 +404,7 @@ class Pace:
 
     def learn(self, step: int, phase: int, seconds: float) -> None:
         """Takes in a finished step. The first measurement counts fully, each later one a twentieth."""
-        planned = min(self.plan.recipe.batch, self.plan.train_images) / self.plan.rows[phase].images_per_s
+        planned = self.plan.rows[phase].phase.batch / self.plan.rows[phase].images_per_s
         ratio = seconds / planned
         self.slowness = ratio if self.slowness is None else 0.95 * self.slowness + 0.05 * ratio
         self.step = step

@@ -119,6 +119,26 @@ def _pair(averaged: nn.Module, model: nn.Module) -> tuple[list[Tensor], list[Ten
     return [mine[name].data for name in names], [theirs[name].data for name in names]
 
 
+@torch.no_grad()
+def renew_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Counts the statistics of every batch norm anew: the plain mean over `batches` (N, C, H, W); nothing else changes.
+
+    While training they are a moving average over changing weights, views and sizes.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta, training = [norm.momentum for norm in norms], model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(training)
+
+
 def optimizer_tensors(model: nn.Module, state: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's memory as named tensors, `parameter name/slot`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}

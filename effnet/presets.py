@@ -168,10 +168,7 @@ PRESETS: dict[str, Preset] = {
         FINETUNE | {"crop": "dihedral", "magnitude": (0, 0), "label_smoothing": 0.0},
     ),
     "scratch": Preset("small data, random weights", SCRATCH),
-    **{
-        f"v1-b{i}-paper": Preset(f"EfficientNet-B{i} on ImageNet, dropout {fields['dropout'][0]:.3g}", fields)
-        for i, fields in enumerate(map(_v1_paper, range(8)))
-    },
+    **{f"v1-b{i}-paper": Preset(f"EfficientNet-B{i} on ImageNet", _v1_paper(i)) for i in range(8)},
     "v1-official": Preset("EfficientNet-B0 to B8 on ImageNet, dropout by the network", V1_OFFICIAL),
     "v1-transfer": Preset("from ImageNet to other data: a quarter of the rate (V1's author); batch ours", V1_TRANSFER),
     "kornblith-transfer": Preset("20,000 steps of SGD (Kornblith et al. 2019)", KORNBLITH),

@@ -202,8 +202,8 @@ class Phase(Value):
 def phases(recipe: Recipe, network: Network, images: int | None = None) -> tuple[Phase, ...]:
     """The phases of `recipe` for `network`, in order; a head-only phase first where the recipe has `head_epochs`.
 
-    Phase i of M has the values of `rise` between first and last at i / (M - 1), sizes rounded to whole pixels. Epochs are
-    dealt as evenly as whole epochs allow. `images`: how many there are to train on, where that is known.
+    Phase i of M has the values of `rise` between first and last at i / (M - 1), sizes rounded to whole pixels. Epochs
+    are dealt as evenly as whole epochs allow. `images`: how many there are to train on, where that is known.
     `UsageError` for a size below the network's stride, a batch of more than `images`, a phase that no batch fits.
     Tan & Le 2021, Algorithm 1; `growth` `official`: sizes and the ends of phases as in the released code.
 
@@ -353,6 +353,70 @@ def get(name: str) -> Recipe:
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}.{nearest(name, RECIPES)}")
     return RECIPES[name]
+
+
+RARE = 10.0  # a largest class of so many times the smallest one: classes are then weighed
+FEW_STEPS, LEAST_BATCH = 4, 4  # fewer steps an epoch: a smaller batch, though batch norm wants several images
+FEW_IMAGES = 50  # of a class, for random weights
+
+
+def choose(counts: Sequence[int], *, trained: bool, upright: bool = True) -> tuple[Recipe, str]:
+    """The recipe for data with `counts` images to train on in each class, and the reason in one line.
+
+    `trained`: the network starts from trained weights. `upright`: the pictures have an up (solar cells have none).
+
+    >>> choose([900, 800], trained=True)[1]
+    'recipe finetune, because the network starts from trained weights'
+    >>> choose([900, 40], trained=True)[0].balance
+    True
+    """
+    recipe = get(("finetune" if upright else "inspection") if trained else "scratch")
+    reasons = [f"the network starts from {'trained' if trained else 'random'} weights"]
+    changes: dict[str, Any] = {}
+    if not upright:
+        reasons.append("the images have no up")
+        changes |= {} if trained else {"crop": "dihedral", "magnitude": (0.0, 0.0)}
+    images, present = sum(counts), [count for count in counts if count]
+    if images < FEW_STEPS * recipe.batch:
+        batch = max(LEAST_BATCH, 2 ** int(math.log2(max(images / FEW_STEPS, 1))))
+        changes["batch"] = min(batch, max(images, 1))
+        reasons.append(f"there are only {images} images")
+    if present and max(present) >= RARE * min(present):
+        changes["balance"] = True
+        reasons.append(f"classes have {min(present)} to {max(present)} images")
+    advice = ""
+    if not trained and images < FEW_IMAGES * len(counts):
+        advice = "; trained weights (--pretrained) would learn more from so few"
+    settings = ", ".join(f"{name} {_word(value)}" for name, value in changes.items())
+    words = f"recipe {recipe.name}{f' with {settings}' if settings else ''}, because {_listed(reasons)}{advice}"
+    return recipe.replace(**changes), words
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def settings(recipe: Recipe) -> dict[str, str]:
+    """What `--set` must be given to turn the named recipe into this one: `with_settings` is the inverse.
+
+    >>> settings(FINETUNE.replace(size_px=(96, 160), lr=0.01))
+    {'lr': '0.01', 'size_px': '96,160'}
+    """
+    before, now = _flat(RECIPES.get(recipe.name, FINETUNE)), _flat(recipe)
+    return {name: text for name, text in now.items() if text != before[name]}
+
+
+def _flat(recipe: Recipe) -> dict[str, str]:
+    """Every field as the text that `--set` takes."""
+    values = recipe.to_dict()
+    inner = {f"{outer}.{name}": value for outer in SCHEDULES for name, value in values.pop(outer).items()}
+    return {name: _word(value) for name, value in (values | inner).items()}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:

@@ -28,7 +28,7 @@ from effnet import augment, checkpoint, data, native
 from effnet.evaluate import evaluate
 from effnet.images import normalise
 from effnet.network import Model, replace_head
-from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors, set_learning
+from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors, renew_norms, set_learning
 from effnet.plan import Plan, check_disk, environment, plan, precision_context
 from effnet.recipes import Phase, Place, Recipe, for_images, places, rate
 from effnet.samples import Splits
@@ -343,6 +343,8 @@ def _end_of_epoch(splits: Splits, todo: Plan, state: State, place: Place, out: P
     """Judges the epoch on the validation images, keeps the best model and the state to go on from."""
     clock = time.perf_counter()
     assert splits.val is not None
+    if todo.recipe.norm_batches:
+        _renew_norms(splits, todo, state, place, device)
     with precision_context(todo.precision, device):
         judged = evaluate(state.evaluated, splits.val, batch=todo.recipe.batch, device=device, bootstrap=0)
     value = score(judged.metrics, todo.recipe)
@@ -366,6 +368,23 @@ def _end_of_epoch(splits: Splits, todo: Plan, state: State, place: Place, out: P
     state.losses = []
     _write(out / "last.safetensors", _checkpoint(todo, state, splits, judged.metrics, resumable=True), event)
     return event
+
+
+def _renew_norms(splits: Splits, todo: Plan, state: State, place: Place, device: str) -> None:
+    """Batch norm's statistics of the judged model, over training images prepared as the validation images are."""
+    recipe = todo.recipe
+    drawn = data.order(len(splits.train), seed=recipe.seed, epoch=place.epoch, batch=recipe.batch)
+    some = splits.train.subset(drawn[: recipe.norm_batches].ravel())
+    source = data.batches(
+        some,
+        size_px=todo.preprocess.size,
+        batch=recipe.batch,
+        preprocess=todo.preprocess,
+        train=False,
+        on_error=recipe.on_error,
+    )
+    with precision_context(todo.precision, device):
+        renew_norms(state.evaluated, (normalise(batch.images.to(device), todo.preprocess) for batch in source))
 
 
 def score(metrics: dict[str, Any], recipe: Recipe) -> float:

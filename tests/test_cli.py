@@ -29,8 +29,8 @@ from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from tests.conftest import write_images
 
 VERBS = (
-    "list", "info", "scale", "doctor", "plan", "train", "eval", "predict", "explain", "bench", "plot", "report",
-    "convert",
+    "list", "info", "scale", "recipes", "doctor", "plan", "train", "eval", "predict", "explain", "bench", "plot",
+    "report", "convert",
 )  # fmt: skip
 TINY = Network(
     name="tiny",

@@ -23,7 +23,7 @@ from effnet.evaluate import Evaluation, Scores, measure, write_predictions
 from effnet.network import build
 from effnet.plan import Plan, PlanRow
 from effnet.recipes import Recipe, Schedule, phases
-from effnet.report import report, settings, shell
+from effnet.report import report, shell
 from effnet.report.examples import chosen
 from effnet.report.markup import VOID, Html, listed, tag
 from effnet.runs import Judged, read_history, read_run
@@ -333,7 +333,7 @@ def test_the_commands_of_the_page_make_the_run_again(page: Page) -> None:
     ],
 )
 def test_settings_are_the_inverse_of_with_settings(recipe: Recipe) -> None:
-    assert recipes.with_settings(recipes.get(recipe.name), settings(recipe)) == recipe
+    assert recipes.with_settings(recipes.get(recipe.name), recipes.settings(recipe)) == recipe
 
 
 def test_a_command_survives_the_shell() -> None:

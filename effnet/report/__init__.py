@@ -17,7 +17,6 @@ from typing import Any
 from effnet import checkpoint, recipes
 from effnet.cost import cost, stage_rows
 from effnet.plan import PlanRow
-from effnet.recipes import Recipe
 from effnet.report import figures, verdict
 from effnet.report.markup import Child, Html, Section, facts, figure, folded, join, listed, page, section, table, tag
 from effnet.report.verdict import bounds, exact, level
@@ -316,35 +315,11 @@ def _reproduce(run: Run) -> Section:
     return section("reproduce", "Reproduce", shown, tag("p", text, class_="note"))
 
 
-def settings(recipe: Recipe) -> dict[str, str]:
-    """What `--set` must be given to turn the named recipe into this one: `recipes.with_settings` is the inverse.
-
-    >>> settings(recipes.get("finetune").replace(size_px=(96, 160), lr=0.01))
-    {'lr': '0.01', 'size_px': '96,160'}
-    """
-    named = recipes.RECIPES.get(recipe.name, recipes.FINETUNE)
-    before, now = _flat(named), _flat(recipe)
-    return {name: text for name, text in now.items() if text != before[name]}
-
-
-def _flat(recipe: Recipe) -> dict[str, str]:
-    """Every field as the text that `--set` takes."""
-    values = recipe.to_dict()
-    inner = {f"schedule.{name}": value for name, value in values.pop("schedule").items()}
-    return {name: _word(value) for name, value in (values | inner).items()}
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 def _train_command(run: Run) -> str:
     words = ["effnet", "train", str(run.start["data"]), "--model", run.plan.network.name]
     words += ["--recipe", run.recipe.name] if run.recipe.name in recipes.RECIPES else []
     words += ["--pretrained-from", weights] if (weights := run.start.get("weights")) else []
-    for name, text in settings(run.recipe).items():
+    for name, text in recipes.settings(run.recipe).items():
         words += ["--set", f"{name}={text}"]
     for name, value in run.cut.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
