@@ -155,6 +155,7 @@ def load_optimizer_tensors(model: nn.Module, state: torch.optim.Optimizer, tenso
     for key, tensor in tensors.items():
         name, _, slot = key.rpartition("/")
         parameter = parameters[name]
-        if tensor.ndim:  # counters stay where they are, on the CPU
-            tensor = tensor.to(parameter.device)
-        state.state[parameter][slot] = tensor.clone(memory_format=torch.preserve_format)
+        if tensor.shape == parameter.shape:  # laid out like the parameter: fused steps walk through both by address
+            state.state[parameter][slot] = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+        else:  # counters stay where they are, on the CPU
+            state.state[parameter][slot] = tensor.clone()
