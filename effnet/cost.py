@@ -114,7 +114,9 @@ def training_bytes(total: Mapping[str, Any], batch: int = 1, slots: int = 2, ema
 
     Weights, gradients, `slots` optimizer values per parameter (RMSProp with momentum: 2) and an exponential moving
     average, all float32; plus the saved activations of `batch` images at `element` bytes (4 for float32, 2 for
-    bfloat16). Left out: transient gradients, convolution workspace and the framework itself.
+    bfloat16). Left out: transient gradients, convolution workspace and the framework itself. What is saved is counted
+    for PyTorch's own operators: with the compiled ones (`native`) norm and activation keep the norm's input alone, not
+    SiLU's, and this is an upper estimate.
     """
     copies = 2 + slots + (1 if ema else 0)
     return 4 * (copies * total["params"] + (2 if ema else 1) * total["norm_statistics"]) + (
