@@ -67,7 +67,8 @@ def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", worker
         if not isinstance(network, Network):
             raise UsageError(f"{network!r:.80} is no Network; train modules of your own in an evaluate of your own.")
         model = build(network, generator=torch.Generator().manual_seed(seed))
-        short = recipe.replace(epochs=budget, seed=seed, warmup=min(recipe.warmup, budget / 4))
+        batch = min(recipe.batch, len(splits.train))
+        short = recipe.replace(epochs=budget, batch=batch, seed=seed, warmup=min(recipe.warmup, budget / 4))
         judged: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(prefix="effnet-proxy-") as folder:
             try:

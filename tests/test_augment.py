@@ -14,6 +14,7 @@ from effnet.augment import (
     AUTO_REACH,
     OPERATIONS,
     RAND_REACH,
+    Policy,
     Reach,
     auto_augment,
     cutmix,
@@ -612,3 +613,20 @@ def test_mix_with_one_alpha_is_that_method_on_the_whole_batch(alphas, alone):
     mixed, soft = mix(batch, targets, mixup_alpha=alphas[0], cutmix_alpha=alphas[1], rng=rng())
     expected = alone(batch, targets, 0.5, rng()) if alone else (batch, targets)
     assert torch.equal(mixed, expected[0]) and torch.equal(soft, expected[1])
+
+
+def test_a_view_follows_its_policy() -> None:
+    """AutoAugment and cutout come on top of the same crop, from the same stream."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+
+    def made(policy: Policy, size_px: int = 32) -> np.ndarray:
+        return view(image, size_px, crop="none", policy=policy, rng=np.random.default_rng(3))
+
+    plain = made("randaugment")
+    expected = auto_augment(plain, np.random.default_rng(3), reach=AUTO_REACH.at(32))
+    assert np.array_equal(made("autoaugment"), expected)
+    changed = (made("cutout") != plain).any(axis=2)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    assert 0 < np.ptp(rows) < 16 and 0 < np.ptp(columns) < 16  # a square of at most half the side
+    with pytest.raises(UsageError, match="Did you mean 'autoaugment'"):
+        made("autoaug")  # ty: ignore[invalid-argument-type]

@@ -267,8 +267,26 @@ def test_plan_says_what_training_will_do(workshop: Workshop) -> None:
     assert document["rows"][0]["phase"]["size_px"] == 32
     assert document["train_images"] + document["val_images"] == 24  # of 28: two of each class are the test part
     out = run(*words).out
-    assert "recipe scratch, because the network starts from random weights" in out
+    assert "recipe scratch with batch 4, because the network starts from random weights and there are only 20" in out
     assert "Expected time" in out
+
+
+def test_recipes_are_listed_and_one_is_shown_in_full() -> None:
+    document = run("recipes", "v2-*-official", "--json").document
+    assert [row["name"] for row in document if "21k" not in row["name"]][:3] == [
+        f"v2-{size}-official" for size in ("s", "m", "l")
+    ]
+    assert all(row["about"] and row["growth"] in ("paper", "official") for row in document)
+    assert "v1-b7-paper" in run("recipes").out
+    assert "norm_momentum" in run("recipes", "v2-s-paper").out
+    assert "Did you mean 'finetune'" in refused("recipes", "finetuen")
+
+
+def test_a_time_budget_replans_the_run(workshop: Workshop) -> None:
+    words = ("plan", workshop.data, "--model", workshop.network, *TRAINING, "--set", "epochs=4")
+    document = run(*words, "--time-budget", "2h", "--json").document
+    assert document["recipe"]["epochs"] == 4
+    assert "everything fits into the time budget" in document["why"]
 
 
 def test_training_leaves_a_run_and_one_document(workshop: Workshop) -> None:
@@ -314,6 +332,9 @@ def test_a_fine_tuned_network_starts_from_the_weights_it_is_given(workshop: Work
         (("--recipe", "finetun"), "Did you mean 'finetune'"),
         (("--val-fraction", "0.9"), "val_fraction is 0.9; it must be between 0 and 0.5"),
         (("--set", "size_px=2"), "size_px is 2"),
+        (("--set", "batch=999"), "recipe batch is 999, but there are"),
+        (("--recipe", "v2-s-paper"), "holds out minival=25000 images to validate on, but there are"),
+        (("--time-budget", "20 minutes"), "is no time: write 90s, 20m or 1.5h"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(workshop: Workshop, words: tuple[str, ...], message: str) -> None:
