@@ -65,6 +65,10 @@ ValFraction = Annotated[float, typer.Option(help="Share of the training part to 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: cuda where there is one.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Threads that decode images. Default: a measured number.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Turns = Annotated[
+    bool,
+    typer.Option("--turns", help="Average over the eight flips and turns: for images without an up, 8 x the time."),
+]
 Split = Annotated[Literal["test", "val", "train", "all"], typer.Option(help="The part of the data.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 

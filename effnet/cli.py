@@ -43,6 +43,7 @@ from effnet.arguments import (
     Split,
     SplitSeed,
     TimeBudget,
+    Turns,
     ValFraction,
     Workers,
 )
@@ -313,6 +314,7 @@ def eval_(
     split: Split = "test",
     out: Annotated[Path | None, typer.Option(help="Write the result as .json, or a row per image as .csv.")] = None,
     batch: BatchSize = 64,
+    turns: Turns = False,
     split_seed: Annotated[int | None, typer.Option(min=0, help="Default: that of the run, else 0.")] = None,
     val_fraction: Annotated[float | None, typer.Option(help="Default: that of the run, else 0.15.")] = None,
     device: Device = "auto",
@@ -331,9 +333,12 @@ def eval_(
     splits = arguments.data_for(loaded, run, data, split_seed=split_seed, val_fraction=val_fraction)
     source, where = splits.part(split), arguments.device(device)
     with display.counting(display.console(stderr=as_json), "predicting") as progress:
-        scores = predict_source(loaded, source, batch=batch, workers=workers, device=where, on_batch=progress)
+        scores = predict_source(
+            loaded, source, batch=batch, workers=workers, device=where, turns=turns, on_batch=progress
+        )
     judged = measure(scores)
-    document = {"model": model, "data": splits.name, "split": split, "note": splits.note} | judged.to_dict()
+    document = {"model": model, "data": splits.name, "split": split, "note": splits.note, "turns": turns}
+    document |= judged.to_dict()
     kept = run.evaluation_files(splits, split) if run and Path(model).is_dir() else []
     _keep_evaluation(document, scores, [*kept, *([out] if out else [])])
     title = f"{model} on {splits.name}, {split}"
@@ -361,6 +366,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Write a row per image to this .csv or .json file.")] = None,
     batch: BatchSize = 32,
+    turns: Turns = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -376,7 +382,7 @@ def predict(
     files, rows = expand(paths), []
     loaded, where = load_model(model), arguments.device(device)
     with display.counting(display.console(stderr=as_json), "predicting") as progress:
-        for row in predictions(loaded, files, top_k=top_k, batch=batch, device=where):
+        for row in predictions(loaded, files, top_k=top_k, batch=batch, device=where, turns=turns):
             rows.append(row)
             progress(len(rows), len(files))
     if out:

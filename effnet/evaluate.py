@@ -167,12 +167,13 @@ def evaluate(
     batch: int = 64,
     workers: int | None = None,
     device: str | torch.device | None = None,
+    turns: bool = False,
     bootstrap: int = RESAMPLES,
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """`predict_source`, then `measure`: the arguments and errors are theirs."""
-    scores = predict_source(model, source, batch=batch, workers=workers, device=device, on_batch=on_batch)
+    scores = predict_source(model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch)
     return measure(scores, bootstrap=bootstrap, seed=seed)
 
 
@@ -183,13 +184,15 @@ def predict_source(
     batch: int = 64,
     workers: int | None = None,
     device: str | torch.device | None = None,
+    turns: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """The model's logits for every image of `source`, each exactly once, in the source's order.
 
-    `device`: where the model is moved first, if given. `on_batch(done, total)` is called after each batch. Training
-    mode is left as it was. `UsageError` when the class lists differ; `ImageError` for an image that cannot be decoded:
-    a metric that leaves images out would not be comparable.
+    `device`: where the model is moved first, if given. `turns`: logits are means over the eight flips and quarter turns
+    of each image. `on_batch(done, total)` is called after each batch. Training mode is left as it was. `UsageError`
+    when the class lists differ; `ImageError` for an image that cannot be decoded: a metric that leaves images out would
+    not be comparable.
     """
     check_classes(model, source)
     if device is not None:
@@ -201,7 +204,7 @@ def predict_source(
             source, size_px=preprocess.size, batch=batch, preprocess=preprocess, train=False, workers=workers
         ):
             seen.append(part.indices)
-            outputs.append(logits(model, part.images))
+            outputs.append(logits(model, part.images, turns=turns))
             if on_batch is not None:
                 on_batch(sum(map(len, seen)), len(source))
     order = torch.cat([torch.as_tensor(indices) for indices in seen]).numpy()

@@ -57,12 +57,13 @@ def predict(
     workers: int = 2,
     device: str | torch.device | None = None,
     on_error: Literal["report", "error"] = "report",
+    turns: bool = False,
 ) -> Generator[Prediction]:
     """The `top_k` most probable labels (all, if there are fewer) of every image in `paths`, in the order of `expand`.
 
     `on_error`: an image that cannot be decoded becomes a row with an `error`, or (`"error"`) raises its `ImageError`
-    after the rows before it were yielded. `device`: where the model is moved first, if given. A path that does not
-    exist or a folder without images is a `UsageError` at once, before any image is read.
+    after the rows before it were yielded. `device`: where the model is moved first, if given. `turns`: as in `logits`.
+    A path that does not exist or a folder without images is a `UsageError` at once, before any image is read.
     """
     check_range("top_k", top_k, 1)
     check_range("batch", batch, 1)
@@ -71,7 +72,7 @@ def predict(
     files = expand(paths)
     if device is not None:
         model.to(device)
-    return _predictions(model, files, min(top_k, model.num_classes), batch, workers, on_error)
+    return _predictions(model, files, min(top_k, model.num_classes), batch, workers, on_error, turns)
 
 
 def expand(paths: Sequence[str | Path]) -> list[Path]:
@@ -91,12 +92,12 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _predictions(
-    model: Model, files: Sequence[Path], top_k: int, batch: int, workers: int, on_error: str
+    model: Model, files: Sequence[Path], top_k: int, batch: int, workers: int, on_error: str, turns: bool
 ) -> Generator[Prediction]:
     names = label_names(model)
     batches = [files[start : start + batch] for start in range(0, len(files), batch)]
     for paths, views in zip(batches, _views(batches, model.preprocess, workers), strict=True):
-        ranked = _ranked(model, [view for view in views if not isinstance(view, ImageError)], top_k)
+        ranked = _ranked(model, [view for view in views if not isinstance(view, ImageError)], top_k, turns)
         for path, view in zip(paths, views, strict=True):
             if not isinstance(view, ImageError):
                 probabilities, classes = next(ranked)
@@ -133,12 +134,14 @@ def _view(path: Path, preprocess: Preprocess) -> np.ndarray | ImageError:
         return error
 
 
-def _ranked(model: Model, views: Sequence[np.ndarray], top_k: int) -> Iterator[tuple[list[float], list[int]]]:
+def _ranked(
+    model: Model, views: Sequence[np.ndarray], top_k: int, turns: bool
+) -> Iterator[tuple[list[float], list[int]]]:
     """(probabilities, class indices) of the `top_k` best classes of each view, best first."""
     if not views:
         return iter(())
     with evaluating(model):
-        scores = logits(model, torch.from_numpy(np.stack(views)))
+        scores = logits(model, torch.from_numpy(np.stack(views)), turns=turns)
     probabilities, classes = scores.double().softmax(dim=1).topk(top_k)  # (N, K) -> (N, top_k)
     return zip(probabilities.tolist(), classes.tolist(), strict=True)
 
@@ -161,14 +164,23 @@ def evaluating(model: Model) -> Generator[None]:
         model.set_grad_checkpointing(checkpointing)
 
 
-def logits(model: Model, images: Tensor) -> Tensor:
+def logits(model: Model, images: Tensor, *, turns: bool = False) -> Tensor:
     """Float32 (N, K) on the CPU, for prepared images, uint8 (N, size, size, 3), computed where the model is.
 
-    Runs in inference mode, channels last; evaluation mode is the caller's (`evaluating`).
+    `turns`: the mean over the eight flips and quarter turns of the square, for images that have no up; eight times the
+    work. Runs in inference mode, channels last; evaluation mode is the caller's (`evaluating`).
     """
     with torch.inference_mode():
         x = normalise(images.to(model.classifier.weight.device), model.preprocess)  # (N, 3, size, size)
-        return model(x).float().cpu()
+        views = eight_turns(x) if turns else [x]
+        return torch.stack([model(view).float() for view in views]).mean(0).cpu()
+
+
+def eight_turns(x: Tensor) -> Iterator[Tensor]:
+    """The symmetries of the square: quarter turns of `x` (N, C, S, S) and of its mirror image, channels last."""
+    for image in (x, x.flip(3)):
+        for quarter in range(4):
+            yield torch.rot90(image, quarter, (2, 3)).contiguous(memory_format=torch.channels_last)
 
 
 def label_names(model: Model) -> tuple[str, ...]:

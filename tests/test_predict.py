@@ -258,3 +258,36 @@ def test_a_prediction_has_either_labels_or_an_error() -> None:
         Prediction(path="x", labels=("cat",), probabilities=(1.0,), error="is empty")
     with pytest.raises(UsageError):
         Prediction(path="x", labels=("cat",), probabilities=(0.5, 0.5))
+
+
+# --- averaging over turns -------------------------------------------------------------------------------------------
+
+
+def test_the_eight_turns_are_the_symmetries_of_the_square():
+    square = torch.arange(9.0).reshape(1, 1, 3, 3)
+    seen = {tuple(turned.flatten().tolist()) for turned in effnet.predict.eight_turns(square)}
+    assert len(seen) == 8
+    assert tuple(square.transpose(2, 3).flatten().tolist()) in seen  # a mirror at the diagonal is among them
+
+
+def test_averaged_logits_do_not_change_when_the_image_is_turned_or_mirrored():
+    model = small_model().eval()
+    images = torch.randint(0, 256, (3, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    plain = logits(model, images, turns=True)
+    for other in (images.flip(1), images.flip(2), images.transpose(1, 2), torch.rot90(images, 1, (1, 2))):
+        torch.testing.assert_close(logits(model, other.contiguous(), turns=True), plain)
+        assert not torch.allclose(logits(model, other.contiguous()), logits(model, images), atol=1e-4)
+
+
+def test_predictions_over_turns_are_those_of_the_mean_logits(photos):
+    model = small_model().eval()
+    (row,) = predict(model, [photos / "coffee.png"], turns=True)
+    view = torch.from_numpy(prepare(decode(photos / "coffee.png"), model.preprocess))
+    by_hand = torch.stack([logits(model, turned[None])[0] for f in (view, view.flip(1)) for turned in quarters(f)])
+    expected = by_hand.mean(0).double().softmax(0).sort(descending=True)
+    assert row.labels == tuple(LABELS[i] for i in expected.indices)
+    np.testing.assert_allclose(row.probabilities, expected.values, rtol=1e-5)
+
+
+def quarters(view: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.rot90(view, quarter, (0, 1)).contiguous() for quarter in range(4)]
