@@ -26,7 +26,7 @@ FINETUNE: Fields = {
     "warmup": 1,
     "norm_momentum": 0.1,
     "weight_decay": 1e-2,
-    "ema": 0.998,
+    "ema": 0.99,
     "label_smoothing": 0.1,
     "magnitude": (5, 5),
     "drop_path": (0.1, 0.1),

@@ -45,7 +45,6 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
     """One run: fine-tune on the split of `seed`, then judge the test cells once."""
     from effnet import recipes
     from effnet.data import open_data
-    from effnet.evaluate import evaluate
     from effnet.plan import environment
     from effnet.train import train
     from effnet.zoo import load_model
@@ -54,8 +53,6 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
     splits = open_data(protocol, split_seed=seed)
     outcome = train(splits, load_model(f"{model}.in1k"), recipe, out, device=device)
     assert splits.test is not None and splits.val is not None
-    best = load_model(str(out))
-    judged = evaluate(best, splits.test, device=device)
     return {
         "model": model,
         "protocol": protocol,
@@ -64,11 +61,45 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
         "settings": settings,
         "val": outcome.metrics,
         "best_epoch": outcome.best_epoch,
-        "test": judged.metrics,
-        "test_groups": {name: group.metrics for name, group in judged.groups.items()},
+        **judgement(out, splits, device),
         "seconds": round(outcome.seconds, 1),
         "environment": environment(device),
     }
+
+
+def judgement(out: Path, splits: Any, device: str) -> dict[str, Any]:
+    """The test cells as the run's best model sees them: once, and as the mean over their eight flips and turns."""
+    from effnet.evaluate import evaluate
+    from effnet.zoo import load_model
+
+    best = load_model(str(out))
+    found = {}
+    for key, turns in (("test", False), ("turned", True)):
+        judged = evaluate(best, splits.test, device=device, turns=turns, bootstrap=0)
+        found[key] = judged.metrics
+        found[f"{key}_groups"] = {name: group.metrics for name, group in judged.groups.items()}
+    return found
+
+
+def judge(args: argparse.Namespace) -> None:
+    """Judges the finished runs of the results file again, from their run folders; nothing is trained."""
+    from effnet.data import open_data
+
+    found = rows(args.results)
+    for row in found:
+        out = folder(args.runs, row["model"], row["protocol"], row["seed"], row["settings"])
+        if out.exists():
+            row |= judgement(out, open_data(row["protocol"], split_seed=row["seed"]), args.device)
+            print(
+                out.name, f"{row['test']['weighted_accuracy']:.4f} {row['turned']['weighted_accuracy']:.4f}", flush=True
+            )
+    args.results.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def folder(runs: Path, model: str, protocol: str, seed: int, settings: dict[str, str]) -> Path:
+    """Where a run is."""
+    words = "-".join(f"{name}{value}" for name, value in settings.items())
+    return runs / f"{protocol}-{model}-{seed}-{words}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -156,11 +187,14 @@ def table(found: list[dict[str, Any]]) -> str:
         groups.setdefault((row["model"], row["protocol"], json.dumps(row["settings"], sort_keys=True)), []).append(row)
     for (model, protocol, settings), members in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
         split = "random" if protocol == "elpv" else "by module"
-        for cells in ("all", "mono", "poly"):
-            metrics = [row["test"] if cells == "all" else row["test_groups"].get(cells, {}) for row in members]
-            label = model if settings == "{}" else f"{model} {settings}"
-            numbers = [spread([one.get(metric) for one in metrics]) for _, metric in COLUMNS]
-            lines.append(" | ".join([label, split, cells, str(len(members)), *numbers]))
+        label = model if settings == "{}" else f"{model} {settings}"
+        for key, words in (("test", ""), ("turned", ", mean of eight turns")):
+            if not all(key in row for row in members):
+                continue
+            for cells in ("all", "mono", "poly"):
+                metrics = [row[key] if cells == "all" else row[f"{key}_groups"].get(cells, {}) for row in members]
+                numbers = [spread([one.get(metric) for one in metrics]) for _, metric in COLUMNS]
+                lines.append(" | ".join([label + words, split, cells, str(len(members)), *numbers]))
     lines = [f"| {line} |" for line in lines]
     return "\n".join([*lines, "", NOTES])
 
@@ -190,6 +224,10 @@ def main() -> None:
         sub.add_argument("--device", default="cpu")
         sub.add_argument("--runs", type=Path, default=ROOT / "runs" / "elpv")
         sub.add_argument("--set", nargs="*", default=[], help="recipe settings, field=value")
+    again = verbs.add_parser("judge", help="judge finished runs again, without training")
+    again.add_argument("--results", type=Path, default=RESULTS)
+    again.add_argument("--device", default="cpu")
+    again.add_argument("--runs", type=Path, default=ROOT / "runs" / "elpv")
     show = verbs.add_parser("table", help="the table of all results, or of evaluated run folders")
     show.add_argument("folders", nargs="*", type=Path)
     show.add_argument("--results", type=Path, default=RESULTS)
@@ -198,9 +236,10 @@ def main() -> None:
         print(table([run_row(folder) for folder in args.folders] or rows(args.results)))
     elif args.verb == "run":
         run(args)
+    elif args.verb == "judge":
+        judge(args)
     else:
-        words = "-".join(args.set).replace("/", "_").replace("=", "")
-        out = args.runs / f"{args.protocol}-{args.model}-{args.seed}-{words}"
+        out = folder(args.runs, args.model, args.protocol, args.seed, parsed(args.set))
         print(json.dumps(one(args.model, args.protocol, args.seed, parsed(args.set), args.device, out)))
 
 
