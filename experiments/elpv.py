@@ -70,18 +70,15 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
 def judgement(out: Path, splits: Any, device: str) -> dict[str, Any]:
     """The test cells as the run's best model sees them: once, and as the mean over their eight flips and turns.
 
-    In the precision that it was trained and validated in.
+    In float32, as `effnet eval` does it, whatever the precision of training.
     """
     from effnet.evaluate import evaluate
-    from effnet.plan import precision_context
     from effnet.zoo import load_model
 
     best = load_model(str(out))
-    precision = json.loads((out / "plan.json").read_text())["precision"]
     found = {}
     for key, turns in (("test", False), ("turned", True)):
-        with precision_context(precision, device):
-            judged = evaluate(best, splits.test, device=device, turns=turns, bootstrap=0)
+        judged = evaluate(best, splits.test, device=device, turns=turns, bootstrap=0)
         found[key] = judged.metrics
         found[f"{key}_groups"] = {name: group.metrics for name, group in judged.groups.items()}
     return found
