@@ -476,7 +476,9 @@ class TrainingView:
         self.bar.add_task("", total=self.pace.plan.seconds, words="")
 
     def _phase(self, event: Mapping[str, Any]) -> None:
-        what = "the classifier learns" if event["head_only"] else "all layers learn"
+        frozen = self.pace.plan.recipe.freeze
+        what = f"all but the stem and {frozen} stages learn" if frozen else "all layers learn"
+        what = "the classifier learns" if event["head_only"] else what
         number = f"phase {event['index'] + 1} of {len(self.pace.plan.rows)}"
         self.out.print(f"{number}: {what} at {event['size_px']} px", style="bold")
 

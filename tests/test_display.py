@@ -89,6 +89,24 @@ def test_the_live_line_says_phase_loss_speed_and_time_to_go() -> None:
     assert "phase 1, epoch 1/4, loss 0.2500, 10.0 images/s, 25% waiting for data, 1 min 40 s left" in text
 
 
+@pytest.mark.parametrize(
+    ("freeze", "head_only", "words"),
+    [
+        (0, False, "all layers learn"),
+        (2, False, "all but the stem and 2 stages learn"),
+        (2, True, "the classifier learns"),
+    ],
+)
+def test_a_phase_says_what_learns_in_it(freeze: int, head_only: bool, words: str) -> None:
+    plan = made_plan()
+    out = Console(file=io.StringIO(), width=150)
+    with training_view(out, lambda: plan.replace(recipe=plan.recipe.replace(freeze=freeze))) as view:
+        view.show({"event": "start", "step": 0, "note": ""})
+        view.show({"event": "phase", "step": 0, "index": 0, "size_px": 128, "head_only": head_only})
+    assert isinstance(out.file, io.StringIO)
+    assert f"phase 1 of 2: {words} at 128 px" in out.file.getvalue()
+
+
 def test_what_goes_wrong_in_training_is_said() -> None:
     start = {"event": "start", "step": 0, "note": ""}
     skip = {"event": "skip", "step": 1, "image": "cat [1].jpg", "reason": "truncated"}
