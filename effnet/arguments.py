@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from effnet.checkpoint import Checkpoint
     from effnet.coefficients import Evaluate
     from effnet.factory import Factory
+    from effnet.latency import Error
     from effnet.network import Model
     from effnet.plan import Stopwatch
     from effnet.samples import Splits
@@ -312,10 +313,12 @@ def budgets(words: Sequence[str]) -> dict[str, float]:
     return limits
 
 
-def meters(limits: Mapping[str, float], threads: int, precision: str) -> dict[str, Callable[[Any], float]]:
-    """What measures the limits that are no cost: this machine's latency table."""
+def meters(
+    limits: Mapping[str, float], threads: int, precision: str
+) -> "tuple[dict[str, Callable[[Any], float]], Error | None]":
+    """What measures the limits that are no cost: this machine's latency table, and how far off it is."""
     if "latency_ms" not in limits:
-        return {}
+        return {}, None
     from effnet import bench
 
     table = bench.table(threads=threads, precision=precision)
@@ -325,7 +328,7 @@ def meters(limits: Mapping[str, float], threads: int, precision: str) -> dict[st
             raise UsageError(f"the latency of a Network can be predicted; {network.name} is a module of your own.")
         return table.predict(network)
 
-    return {"latency_ms": latency_ms}
+    return {"latency_ms": latency_ms}, table.error
 
 
 def proxy(

@@ -161,6 +161,8 @@ def show_scaled(out: Console, document: Mapping[str, Any]) -> None:
         for name in document["held"]:
             add(used, name, None, None, None, "reached")
         out.print(used)
+    if document["latency_error"]:
+        out.print(f"latency: {document['latency_error']['words']}", markup=False)
     if document["saved"]:
         out.print(f"{document['saved']}", markup=False, soft_wrap=True)
 

@@ -87,9 +87,11 @@ def scale(
         kept = study or Path("runs") / f"scale-{arguments.slug(model)}-{arguments.slug(data)}.jsonl"
         _search_coefficients(base, data, images, settings, workers, kept, options, as_json)
         return
-    by, meters = Coefficients(alpha, beta, gamma), arguments.meters(limits, threads, precision)
+    by = Coefficients(alpha, beta, gamma)
+    meters, error = arguments.meters(limits, threads, precision)
     document = _scaled(base, phi, point, limits, along, by, grid | {"batch": batch, "meters": meters})
     document |= {"model": model, "saved": str(save) if save else None}
+    document |= {"latency_error": error.to_dict() | {"words": str(error)} if error else None}
     if save:
         if document["definition"] is None:
             raise UsageError(f"--save keeps a Network; {model} is a factory: build it with the factors printed here.")

@@ -7,7 +7,7 @@ import pytest
 
 from effnet import families
 from effnet.cost import cost
-from effnet.latency import LatencyTable
+from effnet.latency import Error, LatencyTable
 from effnet.scaling import scale
 from effnet.spec import Network
 from tests.conftest import write_images
@@ -72,6 +72,8 @@ def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     class Table:
         """Milliseconds by multiply-adds and size, not quite steady."""
 
+        error = Error(median=0.05, p90=0.125, worst=0.2, networks=30)
+
         def predict(self, network: Network) -> float:
             return cost(network).macs / 1e8 + (network.resolution % 7) / 50
 
@@ -95,6 +97,8 @@ def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     document = run(*words).document
     assert asked == [{"threads": 2, "precision": "float32"}]
+    assert document["latency_error"]["median"] == 0.05  # how far to trust it is part of the answer
+    assert "median error 5.0%" in run(*words[:-1]).out
     assert [(row["metric"], row["binding"]) for row in document["limits"]] == [("latency_ms", True), ("macs", False)]
     assert Table().predict(Network.from_dict(document["definition"])) <= 9.5
     larger = [scale(B0, document["phi"] + step / 500) for step in range(20, 700)]  # each scaled and judged alone
