@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effnet import native
 from effnet.checkpoint import write_atomically
 from effnet.images import ImageError, decode, image_files, normalise, prepare
 from effnet.network import Model
@@ -151,7 +152,12 @@ def _ranked(
 
 @contextlib.contextmanager
 def evaluating(model: Model) -> Generator[None]:
-    """Inside, the model is in evaluation mode and recomputes nothing; afterwards every module is as it was before."""
+    """Inside, the model is in evaluation mode and recomputes nothing; afterwards every module is as it was before.
+
+    On a CPU the process keeps freed memory from then on (`native.keep_freed_memory`).
+    """
+    if model.classifier.weight.device.type == "cpu":
+        native.keep_freed_memory()
     modes = [(module, module.training) for module in model.modules()]
     checkpointing = model.grad_checkpointing
     model.eval()
