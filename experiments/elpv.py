@@ -20,6 +20,7 @@ bundled. Weights fine-tuned on them are not for commercial use.
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import os
 import statistics
@@ -42,8 +43,14 @@ COLUMNS = (
 )
 
 
-def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: str, out: Path) -> dict[str, Any]:
-    """One run: fine-tune on the split of `seed`, then judge the test cells once."""
+def one(
+    model: str, protocol: str, seed: int, settings: dict[str, str], device: str, out: Path, refit: bool
+) -> dict[str, Any]:
+    """One run: fine-tune on the split of `seed`, then judge the test cells once.
+
+    `refit`: the validation cells are trained on too, so that nothing chooses an epoch: the last one is judged. (The
+    training loop still prints figures of them; they mean nothing then and are not used.)
+    """
     from effnet import recipes
     from effnet.data import open_data
     from effnet.plan import environment
@@ -52,6 +59,8 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
 
     recipe = recipes.with_settings(recipes.get("inspection"), {"seed": str(seed)} | settings)
     splits = open_data(protocol, split_seed=seed)
+    if refit:
+        splits = dataclasses.replace(splits, train=open_data(protocol, split_seed=seed, val_fraction=0).train)
     outcome = train(splits, load_model(f"{model}.in1k"), recipe, out, device=device)
     assert splits.test is not None and splits.val is not None
     return {
@@ -60,23 +69,24 @@ def one(model: str, protocol: str, seed: int, settings: dict[str, str], device: 
         "seed": seed,
         "recipe": recipe.to_dict(),
         "settings": settings,
-        "val": outcome.metrics,
-        "best_epoch": outcome.best_epoch,
-        **judgement(out, splits, device),
+        "refit": refit,
+        "val": None if refit else outcome.metrics,
+        "best_epoch": recipe.epochs - 1 if refit else outcome.best_epoch,
+        **judgement(out / kept_file(refit), splits, device),
         "seconds": round(outcome.seconds, 1),
         "environment": environment(device),
     }
 
 
-def judgement(out: Path, splits: Any, device: str) -> dict[str, Any]:
-    """The test cells as the run's best model sees them: once, and as the mean over their eight flips and turns.
+def judgement(kept: Path, splits: Any, device: str) -> dict[str, Any]:
+    """The test cells as the run's model sees them: once, and as the mean over their eight flips and turns.
 
     In float32, as `effnet eval` does it, whatever the precision of training.
     """
     from effnet.evaluate import evaluate
     from effnet.zoo import load_model
 
-    best = load_model(str(out))
+    best = load_model(str(kept))
     found = {}
     for key, turns in (("test", False), ("turned", True)):
         judged = evaluate(best, splits.test, device=device, turns=turns, bootstrap=0)
@@ -91,19 +101,26 @@ def judge(args: argparse.Namespace) -> None:
 
     found = rows(args.results)
     for row in found:
-        out = folder(args.runs, row["model"], row["protocol"], row["seed"], row["settings"])
+        out = folder(args.runs, row["model"], row["protocol"], row["seed"], row["settings"], row["refit"])
         if out.exists():
-            row |= judgement(out, open_data(row["protocol"], split_seed=row["seed"]), args.device)
+            row |= judgement(
+                out / kept_file(row["refit"]), open_data(row["protocol"], split_seed=row["seed"]), args.device
+            )
             print(
                 out.name, f"{row['test']['weighted_accuracy']:.4f} {row['turned']['weighted_accuracy']:.4f}", flush=True
             )
     args.results.write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def folder(runs: Path, model: str, protocol: str, seed: int, settings: dict[str, str]) -> Path:
+def folder(runs: Path, model: str, protocol: str, seed: int, settings: dict[str, str], refit: bool) -> Path:
     """Where a run is."""
     words = "-".join(f"{name}{value}" for name, value in settings.items())
-    return runs / f"{protocol}-{model}-{seed}-{words}"
+    return runs / f"{protocol}-{model}-{seed}-{words}{'-refit' if refit else ''}"
+
+
+def kept_file(refit: bool) -> str:
+    """The model of a run that is judged: of the best epoch on validation cells, or of the last epoch."""
+    return "last.safetensors" if refit else "best.safetensors"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
         for protocol in args.protocols
         for seed in args.seeds
         for model in args.models
-        if (model, protocol, seed, json.dumps(parsed(args.set), sort_keys=True)) not in done
+        if (model, protocol, seed, json.dumps(parsed(args.set), sort_keys=True), args.refit) not in done
     ]
     print(f"{len(todo)} runs to do, {len(done)} in {args.results}")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
@@ -126,7 +143,8 @@ def subrun(args: argparse.Namespace, model: str, protocol: str, seed: int) -> st
     """One run in a process of its own; its line is appended to the results when it has finished."""
     command = [sys.executable, __file__, "one", "--model", model, "--protocol", protocol, "--seed", str(seed)]
     command += ["--device", args.device, "--runs", str(args.runs), "--set", *args.set]
-    threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
+    command += ["--refit"] if args.refit else []
+    threads = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))
     finished = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}, check=False
     )
@@ -137,8 +155,8 @@ def subrun(args: argparse.Namespace, model: str, protocol: str, seed: int) -> st
     with open(args.results, "a") as file:
         file.write(line + "\n")
     row = json.loads(line)
-    val, test = (row[part]["weighted_accuracy"] for part in ("val", "test"))
-    return f"{model} {protocol} seed {seed}: val {val:.4f} test {test:.4f} in {row['seconds']} s"
+    test, turned = (row[part]["weighted_accuracy"] for part in ("test", "turned"))
+    return f"{model} {protocol} seed {seed}: test {test:.4f}, eight turns {turned:.4f}, in {row['seconds']} s"
 
 
 def parsed(words: list[str]) -> dict[str, str]:
@@ -146,11 +164,12 @@ def parsed(words: list[str]) -> dict[str, str]:
 
 
 def identity(row: dict[str, Any]) -> tuple:
-    return (row["model"], row["protocol"], row["seed"], json.dumps(row["settings"], sort_keys=True))
+    return (row["model"], row["protocol"], row["seed"], json.dumps(row["settings"], sort_keys=True), row["refit"])
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The finished runs; those from before `refit` existed had none."""
+    return [{"refit": False} | json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_row(folder: Path) -> dict[str, Any]:
@@ -165,6 +184,7 @@ def run_row(folder: Path) -> dict[str, Any]:
         "protocol": best.extra["data"],
         "seed": plan["recipe"]["seed"],
         "settings": {},
+        "refit": False,
         "test": judged["metrics"],
         "test_groups": {name: group["metrics"] for name, group in judged["groups"].items()},
     }
@@ -188,10 +208,10 @@ def table(found: list[dict[str, Any]]) -> str:
     ]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in found:
-        groups.setdefault((row["model"], row["protocol"], json.dumps(row["settings"], sort_keys=True)), []).append(row)
-    for (model, protocol, settings), members in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        groups.setdefault((row["model"], row["protocol"], identity(row)[3], row["refit"]), []).append(row)
+    for (model, protocol, settings, refit), members in sorted(groups.items(), key=lambda item: item[0][1::-1]):
         split = "random" if protocol == "elpv" else "by module"
-        label = model if settings == "{}" else f"{model} {settings}"
+        label = (model if settings == "{}" else f"{model} {settings}") + (", validation cells too" if refit else "")
         for key, words in (("test", ""), ("turned", ", mean of eight turns")):
             if not all(key in row for row in members):
                 continue
@@ -227,6 +247,7 @@ def main() -> None:
     for sub in (many, single):
         sub.add_argument("--device", default="cpu")
         sub.add_argument("--runs", type=Path, default=ROOT / "runs" / "elpv")
+        sub.add_argument("--refit", action="store_true", help="train on the validation cells too, judge the last epoch")
         sub.add_argument("--set", nargs="*", default=[], help="recipe settings, field=value")
     again = verbs.add_parser("judge", help="judge finished runs again, without training")
     again.add_argument("--results", type=Path, default=RESULTS)
@@ -243,8 +264,8 @@ def main() -> None:
     elif args.verb == "judge":
         judge(args)
     else:
-        out = folder(args.runs, args.model, args.protocol, args.seed, parsed(args.set))
-        print(json.dumps(one(args.model, args.protocol, args.seed, parsed(args.set), args.device, out)))
+        out = folder(args.runs, args.model, args.protocol, args.seed, parsed(args.set), args.refit)
+        print(json.dumps(one(args.model, args.protocol, args.seed, parsed(args.set), args.device, out, args.refit)))
 
 
 if __name__ == "__main__":
