@@ -26,8 +26,9 @@ from torch import Tensor
 from torchmetrics.functional import classification as tm
 
 from effnet.data import batches
+from effnet.engine import evaluating, logits
 from effnet.network import Model
-from effnet.predict import evaluating, logits, write_table
+from effnet.predict import write_table
 from effnet.samples import Source
 from effnet.value import UsageError, Value, check_range
 

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from effnet.checkpoint import write_atomically
+from effnet.engine import evaluating, label_names
 from effnet.images import LONGEST, normalise, prepare
 from effnet.network import Model
-from effnet.predict import evaluating, label_names
 from effnet.spec import Network, Preprocess, resolve
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 

@@ -3,11 +3,8 @@
 An image goes through `decode` and `prepare` on a few threads, at most two batches ahead of the model, then through
 `normalise` and the model a batch at a time, all by the `Preprocess` that belongs to the weights. So a folder of a
 million images needs the memory of a few batches.
-
-`evaluating` and `logits` are the one way in which inference runs a model here; `evaluate` and `explain` use them too.
 """
 
-import contextlib
 import csv
 import itertools
 import json
@@ -20,11 +17,10 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from effnet import native
 from effnet.checkpoint import write_atomically
-from effnet.images import ImageError, decode, image_files, normalise, prepare
+from effnet.engine import evaluating, label_names, logits
+from effnet.images import ImageError, decode, image_files, prepare
 from effnet.network import Model
 from effnet.spec import Preprocess
 from effnet.value import UsageError, Value, check_choice, check_range
@@ -145,53 +141,6 @@ def _ranked(
         scores = logits(model, torch.from_numpy(np.stack(views)), turns=turns)
     probabilities, classes = scores.double().softmax(dim=1).topk(top_k)  # (N, K) -> (N, top_k)
     return zip(probabilities.tolist(), classes.tolist(), strict=True)
-
-
-# --- running a model ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def evaluating(model: Model) -> Generator[None]:
-    """Inside, the model is in evaluation mode and recomputes nothing; afterwards every module is as it was before.
-
-    On a CPU the process keeps freed memory from then on (`native.keep_freed_memory`).
-    """
-    if model.classifier.weight.device.type == "cpu":
-        native.keep_freed_memory()
-    modes = [(module, module.training) for module in model.modules()]
-    checkpointing = model.grad_checkpointing
-    model.eval()
-    model.set_grad_checkpointing(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:  # one by one: a frozen batch norm stays frozen
-            module.training = training
-        model.set_grad_checkpointing(checkpointing)
-
-
-def logits(model: Model, images: Tensor, *, turns: bool = False) -> Tensor:
-    """Float32 (N, K) on the CPU, for prepared images, uint8 (N, size, size, 3), computed where the model is.
-
-    `turns`: the mean over the eight flips and quarter turns of the square, for images that have no up; eight times the
-    work. Runs in inference mode, channels last; evaluation mode is the caller's (`evaluating`).
-    """
-    with torch.inference_mode():
-        x = normalise(images.to(model.classifier.weight.device), model.preprocess)  # (N, 3, size, size)
-        views = eight_turns(x) if turns else [x]
-        return torch.stack([model(view).float() for view in views]).mean(0).cpu()
-
-
-def eight_turns(x: Tensor) -> Iterator[Tensor]:
-    """The symmetries of the square: quarter turns of `x` (N, C, S, S) and of its mirror image, channels last."""
-    for image in (x, x.flip(3)):
-        for quarter in range(4):
-            yield torch.rot90(image, quarter, (2, 3)).contiguous(memory_format=torch.channels_last)
-
-
-def label_names(model: Model) -> tuple[str, ...]:
-    """The model's labels, or the numbers of its outputs when it has none."""
-    return model.labels or tuple(map(str, range(model.num_classes)))
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ MATTER = [
 SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
 MOTION = [
     "plan",
+    "engine",
     "predict",
     "evaluate",
     "train",

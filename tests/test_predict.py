@@ -12,21 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import effnet.engine
 import effnet.predict
+from effnet.engine import evaluating, label_names, logits
 from effnet.images import ImageError, decode, normalise, prepare
 from effnet.network import Model, build
-from effnet.predict import (
-    BATCHES_AHEAD,
-    Prediction,
-    evaluating,
-    expand,
-    label_names,
-    logits,
-    predict,
-    write_csv,
-    write_json,
-    write_table,
-)
+from effnet.predict import BATCHES_AHEAD, Prediction, expand, predict, write_csv, write_json, write_table
 from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from effnet.value import UsageError
 from tests.conftest import need
@@ -265,7 +256,7 @@ def test_a_prediction_has_either_labels_or_an_error() -> None:
 
 def test_the_eight_turns_are_the_symmetries_of_the_square():
     square = torch.arange(9.0).reshape(1, 1, 3, 3)
-    seen = {tuple(turned.flatten().tolist()) for turned in effnet.predict.eight_turns(square)}
+    seen = {tuple(turned.flatten().tolist()) for turned in effnet.engine.eight_turns(square)}
     assert len(seen) == 8
     assert tuple(square.transpose(2, 3).flatten().tolist()) in seen  # a mirror at the diagonal is among them
 
