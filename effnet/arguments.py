@@ -5,7 +5,6 @@ then models are built. torch is imported inside the functions that need it, so t
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import typer
 
 from effnet import families, recipes
 from effnet.cost import METRICS
+from effnet.files import write_atomically
 from effnet.recipes import Recipe
 from effnet.spec import Network
 from effnet.value import UsageError, check_choice, check_range
@@ -355,9 +355,8 @@ def network_file(path: Path | None) -> Path | None:
 
 def keep_network(path: Path, definition: dict[str, Any]) -> None:
     """Writes a Network as the file that `network` reads; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(definition, indent=2) + "\n")
-    temporary.replace(path)
+    content = json.dumps(definition, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(content))
 
 
 # --- the run a model comes from -------------------------------------------------------------------------------------

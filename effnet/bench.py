@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from effnet import native
 from effnet.latency import LatencyTable, Quantity
 from effnet.native import cache_folder
 from effnet.network import Model, build
@@ -227,9 +228,8 @@ def sign_test(above: int, below: int) -> float:
 
 def record(device: str = "cpu") -> dict[str, Any]:
     """The environment of a measurement: `plan.environment`, the cores at hand and the CPU flags that decide speed."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    known = native.processor()
+    found = (known.get("flags") or known.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return environment(device) | {"cores": cores, "flags": [flag for flag in FLAGS if flag in found]}
 
@@ -388,7 +388,7 @@ def table_path(
 
 def save_table(made: LatencyTable) -> Path:
     """Writes the table to where `table` finds it."""
-    from effnet.checkpoint import write_atomically
+    from effnet.files import write_atomically
 
     path = table_path(backend=made.backend, precision=made.precision, threads=made.threads, quantity=made.quantity)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,12 @@ Names of tensors: the model's weights are bare state-dict keys (`stem.conv.weigh
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from effnet.files import FileError, reason, write_atomically
 from effnet.network import Model, build, checked_labels
 from effnet.spec import Network, Preprocess
 from effnet.value import UsageError
@@ -40,8 +40,8 @@ DIGEST_KEY, NO_DIGEST = b'"sha256":"', b"0" * 64
 TORN = "it was cut off or damaged"
 
 
-class CheckpointError(UsageError):
-    """A checkpoint that cannot be read or written; the message names the file and what is wrong with it."""
+class CheckpointError(FileError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
 class ForeignError(CheckpointError):
@@ -182,7 +182,7 @@ def some(names: Collection[str], count: int = 5) -> str:
 def save(path: str | Path, checkpoint: Checkpoint, *, keep_previous: bool = False) -> None:
     """Writes `checkpoint` to `path` in one step; with `keep_previous` the file that was there becomes `PATH.previous`.
 
-    Raises `CheckpointError` if the disk does not take it; the file that was there is then untouched.
+    Raises `FileError` if the disk does not take it; the file that was there is then untouched.
     """
     path = Path(path)
     document = json.dumps(_document(checkpoint))
@@ -190,11 +190,19 @@ def save(path: str | Path, checkpoint: Checkpoint, *, keep_previous: bool = Fals
 
     def write(temporary: Path) -> None:
         header = {"format": "pt", "effnet": document, "sha256": NO_DIGEST.decode()}
-        safetensors.torch.save_file(_unshared(tensors), temporary, metadata=header)
+        write_tensors(temporary, _unshared(tensors), header)
         _seal(temporary)
 
     keep = keep_previous and _is_whole(path)  # a damaged file must not take the place of a good previous one
     write_atomically(path, write, previous=previous_path(path) if keep else None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """A safetensors file; a disk that does not take it is an `OSError`, as for any other file."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata=dict(header))
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _document(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -229,56 +237,6 @@ def _seal(path: Path) -> None:
         digest = file_digest(file, header)
         file.seek(8 + header.index(DIGEST_KEY + NO_DIGEST) + len(DIGEST_KEY))
         file.write(digest.encode())
-
-
-def write_atomically(path: Path, write: Callable[[Path], None], *, previous: Path | None = None) -> None:
-    """Has `write` make a file beside `path`, flushes it to the disk and renames it to `path`, all or nothing.
-
-    `previous`: the name that the file which was there gets. Raises `CheckpointError` if any of it fails; no temporary
-    file stays behind.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        if previous is not None:
-            _keep(path, previous)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        untouched = "; the file that was there is untouched" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path}: {_reason(error)}{untouched}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    """The system's words for `error`, without Python's error numbers and quotes."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def _flush(path: Path) -> None:
-    """Returns when the disk has the file's bytes (or the folder's entries)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _keep(path: Path, previous: Path) -> None:
-    """Gives the file a second name, in one step: at no time is there no file called `path`."""
-    link = previous.with_name(f".{previous.name}.tmp")
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without hard links: for a moment only the previous name exists, which `load` takes
-        link = path
-    os.replace(link, previous)
 
 
 def previous_path(path: Path) -> Path:
@@ -337,8 +295,10 @@ def _opened(path: Path) -> Generator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}.") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}.") from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"cannot read {path}: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {reason(error)}.") from error
 
 
 def read_document(file: BinaryIO, path: Path) -> dict[str, Any]:

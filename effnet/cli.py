@@ -346,8 +346,8 @@ def eval_(
 
 
 def _keep_evaluation(document: dict[str, Any], scores: "Scores", files: Sequence[Path]) -> None:
-    from effnet.checkpoint import write_atomically
     from effnet.evaluate import write_predictions
+    from effnet.files import write_atomically
 
     def write(temporary: Path) -> None:
         temporary.write_text(json.dumps(document, indent=1))

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from effnet.checkpoint import write_atomically
 from effnet.engine import evaluating, label_names
+from effnet.files import write_atomically
 from effnet.images import LONGEST, normalise, prepare
 from effnet.network import Model
 from effnet.spec import Network, Preprocess, resolve

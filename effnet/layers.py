@@ -96,15 +96,19 @@ def norm_act(x: Tensor, norm: nn.BatchNorm2d, activation: nn.Module) -> tuple[Te
 
     Nobody's hooks are passed over: with hooks on the norm or the activation they are called one after the other.
     """
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, activation._forward_hooks, activation._forward_pre_hooks)
-    if ops.fuses(x, norm) and not any(hooks):
+    if ops.fuses(x, norm) and not _hooked(norm, activation):
         return ops.norm_act(x, norm, activation.name if isinstance(activation, Activation) else None)
     return activation(norm(x)), None
 
 
+def _hooked(*modules: nn.Module) -> bool:
+    """Whether anybody wants to be called when one of the modules is."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def gated(conv: nn.Module, se: nn.Module, x: Tensor) -> Tensor:
     """`se(conv(x))`; in training the means that the gate needs come from the norm's own pass over the map."""
-    if isinstance(conv, ConvNorm) and isinstance(se, SqueezeExcite) and conv.training and not conv._forward_hooks:
+    if isinstance(conv, ConvNorm) and isinstance(se, SqueezeExcite) and conv.training and not _hooked(conv):
         return se(*norm_act(conv.conv(x), conv.norm, conv.activation))
     return se(conv(x))
 

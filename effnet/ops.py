@@ -90,12 +90,13 @@ def depthwise(x: Tensor, weight: Tensor, stride: int, pads: Pads) -> Tensor:
     `x`: (N, C, H, W); `weight`: (C, 1, k, k); `pads`: each below k. In training on a CPU the backward is ours: compiled
     where it can be, plain PyTorch in bfloat16 elsewhere (also through autocast). Otherwise this *is* `F.conv2d`.
     """
-    if _trains_on_cpu(x, weight):
+    trains = _trains_on_cpu(x, weight)
+    if trains:
         x = x.to(torch.bfloat16) if x.dtype == torch.float32 and _autocasts() else x
         if _suits(x) and weight.shape[-1] in (3, 5, 7):
             return _NativeDepthwise.apply(x, weight, stride, pads)
     x, padding = pad(x, pads)
-    if x.dtype == torch.bfloat16 and _trains_on_cpu(x, weight):
+    if trains and x.dtype == torch.bfloat16:
         return _Depthwise.apply(x, weight, stride, padding)
     return F.conv2d(x, weight, None, stride, padding, groups=weight.shape[0])
 

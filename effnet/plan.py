@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from effnet import native
 from effnet.cost import cost
 from effnet.network import Model
 from effnet.optim import set_learning
@@ -242,6 +243,8 @@ def stopwatch(
     for phase in rows:
         if memory(recipe, network, phase.size_px, phase.batch) > room:
             raise UsageError(f"{device}: {too_large(recipe, network, phase.size_px, phase.batch, room)}")
+    if device == "cpu":
+        native.keep_freed_memory()  # as training does, so that it is timed
     probe = copy.deepcopy(model).to(device).train()
     set_learning(probe, freeze=recipe.freeze)
     precision = recipe.precision
@@ -323,11 +326,7 @@ def device_name(device: str) -> str:
 
 def environment(device: str = "cpu") -> dict[str, str | int]:
     """What a result was obtained with: versions, processor, threads, device."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = lines[0].split(":", 1)[1].strip() if lines else processor
+    processor = native.processor().get("model name") or platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -18,8 +18,8 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import torch
 
-from effnet.checkpoint import write_atomically
 from effnet.engine import evaluating, label_names, logits
+from effnet.files import write_atomically
 from effnet.images import ImageError, decode, image_files, prepare
 from effnet.network import Model
 from effnet.spec import Preprocess

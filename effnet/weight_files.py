@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from effnet.checkpoint import is_pickle, read_header, some, write_atomically
+from effnet.checkpoint import is_pickle, read_header, some, write_tensors
+from effnet.files import write_atomically
 from effnet.value import UsageError, check_choice
 
 Array = Tensor | np.ndarray  # numpy only under TensorFlow's names
@@ -109,7 +110,7 @@ def _write(path: Path, suffix: str, state: Mapping[str, Any]) -> None:
             np.savez(file, **state)
     elif suffix == ".safetensors":
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(path, tensors, {"format": "pt"})
     else:
         buffer = io.BytesIO()  # torch.save straight to a full disk does not say so
         torch.save(dict(state), buffer)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import hypothesis
 import numpy as np
@@ -27,10 +28,14 @@ def need(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        message = f"the optional package {package!r} is not installed"
-        if os.environ.get("CI"):
-            pytest.fail(f"{message}, and CI must have it")
-        pytest.skip(message)
+        missing(f"the optional package {package!r} is not installed")
+
+
+def missing(message: str) -> NoReturn:
+    """Skips the test because of something that this machine lacks; where CI is set, it fails."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{message}, and CI must have it")
+    pytest.skip(message)
 
 
 @pytest.fixture(autouse=True)

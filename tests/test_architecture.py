@@ -14,7 +14,7 @@ PACKAGE = ROOT / "effnet"
 
 # Modules in order: each may import only what stands before it. Floors are separated by where torch may come in.
 SCALING = ["scaling", "fitting", "coefficients"]
-FACTS = ["value", "words", "spec", "families", "cost", "latency", "published", *SCALING, "presets", "recipes"]
+FACTS = ["value", "files", "words", "spec", "families", "cost", "latency", "published", *SCALING, "presets", "recipes"]
 MATTER = [
     "native",
     "ops",

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from effnet import checkpoint
 from effnet.checkpoint import Checkpoint, CheckpointError, CheckpointWarning
+from effnet.files import FileError
 from effnet.network import Model, build
 from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from effnet.value import UsageError
@@ -330,7 +331,7 @@ def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path: Path, limit: 
     path = tmp_path / "a.safetensors"
     old = save_tiny(path, seed=1)
     assert path.stat().st_size > limit
-    with largest_file(limit), pytest.raises(CheckpointError, match="the file that was there is untouched") as caught:
+    with largest_file(limit), pytest.raises(FileError, match="the file that was there is untouched") as caught:
         save_tiny(path, seed=2)
     assert str(caught.value).startswith(f"cannot write {path}: ") and "\n" not in str(caught.value)
     assert_untouched(path, old)
@@ -346,7 +347,7 @@ def test_a_full_disk_is_reported_in_the_system_s_words(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match="No space left on device; the file that was there is untouched"):
+        with pytest.raises(FileError, match="No space left on device; the file that was there is untouched"):
             save_tiny(path, seed=2, keep_previous=True)
     assert_untouched(path, old)
 
@@ -367,7 +368,7 @@ def test_an_interrupt_before_the_rename_leaves_the_old_file(tmp_path: Path, monk
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write .*: .*Not a directory"):
+    with pytest.raises(FileError, match=r"cannot write .*: .*Not a directory"):
         save_tiny(tmp_path / "file" / "a.safetensors")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effnet import families, native, ops
 from effnet.network import build
+from tests.conftest import missing
 
 # float32 sums of at most a few thousand products; bfloat16 keeps 8 bits, so each rounded value is within 2^-9 relative
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -22,7 +23,7 @@ KERNELS, STRIDES, CHANNELS = (3, 5, 7), (1, 2), (8, 16, 40, 96)  # 40 ends withi
 def _compiled() -> None:
     if native.library() is None:  # no compiler is a machine without these operators; a compiler that fails is our fault
         reason = native.why_not()
-        (pytest.skip if "no C++ compiler" in reason or "Linux" in reason else pytest.fail)(reason)
+        (missing if "no C++ compiler" in reason or "Linux" in reason else pytest.fail)(reason)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

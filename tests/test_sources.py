@@ -13,7 +13,7 @@ from effnet.named import FASHION, read_idx
 from effnet.samples import ArrayPixels, deal, joined, labelled, share
 from effnet.sources import open_data
 from effnet.value import UsageError
-from tests.conftest import need, picture, write_images
+from tests.conftest import missing, need, picture, write_images
 
 PARTS = {"train/cat": 6, "train/dog": 5, "val/cat": 2, "val/dog": 1, "test/cat": 1, "test/dog": 2}
 
@@ -407,8 +407,9 @@ def test_mnist_under_the_name_of_fashion_mnist_is_refused(tmp_path):
         open_data(f"fashion-mnist:{folder}")
 
 
-@pytest.mark.skipif(not FASHION.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist_has_its_published_counts():
+    if not FASHION.is_dir():
+        missing("the Debian package dataset-fashion-mnist is not installed")
     splits = open_data("fashion-mnist")
     assert splits.test is not None and splits.test.counts().tolist() == [1000] * 10
     assert splits.val is not None and (splits.train.counts() + splits.val.counts()).tolist() == [6000] * 10

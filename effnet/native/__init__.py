@@ -76,9 +76,19 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> bytes:
-    """The first processor's name and instruction sets, as Linux lists them."""
-    lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
-    return b"\n".join(line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU part")))
+    """The first processor's name and instruction sets."""
+    known = processor()
+    return "\n".join(known.get(field, "") for field in ("model name", "flags", "Features", "CPU part")).encode()
+
+
+@functools.cache
+def processor() -> dict[str, str]:
+    """What Linux says of the first processor (`model name`, `flags` or `Features`, ...); empty on other systems."""
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():
+        return {}
+    lines = listed.read_text().split("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -109,6 +119,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+@functools.cache
 def keep_freed_memory() -> bool:
     """Tells the C library to keep large freed blocks for the next allocation instead of giving them back to the system.
 

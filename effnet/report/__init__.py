@@ -16,6 +16,7 @@ from typing import Any
 
 from effnet import checkpoint, recipes
 from effnet.cost import cost, stage_rows
+from effnet.files import write_atomically
 from effnet.plan import PlanRow
 from effnet.report import figures, verdict
 from effnet.report.markup import Child, Html, Section, facts, figure, folded, join, listed, page, section, table, tag
@@ -61,7 +62,7 @@ def report(run: str | Path, *, data: Splits | None = None) -> Path:
     contents = tag("nav", tag("ul", *(tag("li", part.link) for part in shown)), aria_label="Contents")
     text = page(_title(found), _header(found, contents), tag("main", *(part.markup for part in shown)), _footer())
     path = found.folder / "report.html"
-    checkpoint.write_atomically(path, lambda file: _write(file, text))
+    write_atomically(path, lambda file: _write(file, text))
     return path
 
 
