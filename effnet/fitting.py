@@ -81,8 +81,8 @@ def fit(
     the largest phi that fits. "free": depth, width and resolution rise together along `coefficients`; one that a limit
     stops stays, the others go on. So the least scaled of the three is scaled as far as any network within the limits
     allows, then the second, then the third (lexicographic max-min), and no dimension is below the compound fit's.
-    `prefer`, with "free": instead, of all networks that cannot have one more pixel (factors between 1/4 and 4), the one
-    with the highest score; it is given arrays of depth, width, resolution and every cost.
+    `prefer`, with "free" and limits on costs only: instead, of all networks that cannot have one more pixel (factors
+    between 1/4 and 4), the one with the highest score; it is given arrays of depth, width, resolution and every cost.
 
     A meter need not rise with phi: it may wander `wobble` (a share) around something that does; `inf` assumes nothing,
     measures every candidate from the largest down and needs another limit beside it.
@@ -108,6 +108,8 @@ def fit(
         wobble=wobble,
     )
     if prefer is not None:
+        if search.lazy:
+            raise UsageError(f"prefer chooses by costs; {', '.join(search.lazy)} is measured one network at a time.")
         return search.preferred(prefer)
     if along == "free":
         return search.free(coefficients)
@@ -398,11 +400,9 @@ class _Search:
         scores = np.asarray(prefer(rows), float)
         if scores.shape != size.shape or np.isnan(scores).all():
             raise UsageError(f"prefer gave an array of shape {scores.shape}; one score for each of {len(size)} rows.")
-        for index in np.argsort(-scores, kind="stable"):
-            place = (depth[index].item(), width[index].item(), int(size[index]))
-            if self.excess(place, self.lazy) <= 1:
-                return self._fit("free", None, place, self.broken((*place[:2], self._next(place[2]))), ())
-        raise self._nothing_near()
+        index = int(np.nanargmax(scores))
+        place = (depth[index].item(), width[index].item(), int(size[index]))
+        return self._fit("free", None, place, self.broken((*place[:2], self._next(place[2]))), ())
 
     def _nothing_near(self) -> UsageError:
         path = self._path(_rates(PAPER), {})
@@ -424,12 +424,11 @@ class _Search:
             return np.unique(np.concatenate([(edges[1:] + edges[:-1]) / 2, edges[[0, -1]], [1.0]]))
 
         depth, width = (each.ravel() for each in np.meshgrid(middles("depth"), middles("width")))
-        exact = {name: limit for name, limit in self.limits.items() if name not in self.lazy}
 
         def fits(size: np.ndarray, room: float) -> np.ndarray:
             totals = self.base.costs(depth, width, size, self.batch)
-            limits = {name: limit * (room if name == "training_bytes" else 1.0) for name, limit in exact.items()}
-            return np.all([totals[name] <= limit for name, limit in limits.items()] or [totals["macs"] > 0], axis=0)
+            limits = {name: limit * (room if name == "training_bytes" else 1.0) for name, limit in self.limits.items()}
+            return np.all([totals[name] <= limit for name, limit in limits.items()], axis=0)
 
         step, least = self.px.step, self.px.least
         low = np.full(depth.shape, least // step - 1)

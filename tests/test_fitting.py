@@ -133,6 +133,9 @@ def test_prefer_chooses_among_all_networks_that_cannot_have_one_more_pixel() -> 
     assert found.spent["params"] >= totals["params"][within].max()
     with pytest.raises(UsageError, match="set along='free'"):
         fit(MOBILE, limits, prefer=lambda rows: rows["params"])
+    with pytest.raises(UsageError, match="latency_ms is measured one network at a time"):
+        meters = {"latency_ms": bumpy}
+        fit(MOBILE, limits | {"latency_ms": 9.0}, "free", prefer=lambda rows: rows["params"], meters=meters)
 
 
 @pytest.mark.parametrize("along", ALONG)
