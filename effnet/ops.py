@@ -25,6 +25,7 @@ that do not fit the cache; what matters is how often a map is read. Nothing betw
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -181,6 +182,65 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
     half = int(x.dtype == torch.bfloat16)
     failed = getattr(library, f"effnet_{name}")(half, *arguments, torch.get_num_threads())
     assert not failed, f"{name} has no kernel for {arguments}"
+
+
+def rmsprop_step(
+    params: list[Tensor],
+    squares: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float,
+    decay: float,
+    momentum: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """TensorFlow's RMSProp on all `params` with their `.grad`, in place: `optim.RMSProp` has the formula.
+
+    Compiled, for dense float32 tensors on a CPU: one pass over their memory. Otherwise PyTorch's operators, many passes.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    library = native.library()
+    if library is not None and all(map(_steps, params, grads, squares, momenta)):
+        table = (ctypes.c_int64 * (5 * len(params)))(
+            *(value for row in zip(params, grads, squares, momenta, strict=True) for value in _row(row))
+        )
+        rates = (ctypes.c_float * 5)(lr, decay, momentum, eps, weight_decay)
+        library.effnet_rmsprop(table, len(params), rates, torch.get_num_threads())
+        return
+    if weight_decay:
+        grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    torch._foreach_mul_(squares, decay)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - decay)
+    roots = torch._foreach_add(squares, eps)
+    torch._foreach_sqrt_(roots)
+    torch._foreach_mul_(momenta, momentum)
+    torch._foreach_addcdiv_(momenta, grads, roots, lr)
+    torch._foreach_sub_(params, momenta)
+
+
+def _steps(param: Tensor, *others: Tensor) -> bool:
+    """Whether the compiled step takes these tensors: float32 on a CPU, in one order of memory, without gaps."""
+    return (
+        param.device.type == "cpu"
+        and param.numel() == _span(param)
+        and all(each.dtype == torch.float32 and _strides(each) == _strides(param) for each in (param, *others))
+    )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """The strides that matter: those of dimensions longer than 1."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements of memory from the first to the last one of `tensor`."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _row(tensors: Sequence[Tensor]) -> list[int]:
+    """An `RmspropTensor` of `kernels.cpp`."""
+    return [*map(_address, tensors), tensors[0].numel()]
 
 
 SMALL_MAP = 100  # pixels

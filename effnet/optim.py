@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from effnet import ops
 from effnet.recipes import Recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,18 +46,10 @@ class RMSProp(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(square=torch.ones_like(p), momentum=torch.zeros_like(p))
-            grads = [p.grad for p in params]
-            if group["weight_decay"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
             squares = [self.state[p]["square"] for p in params]
             momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_mul_(squares, group["decay"])
-            torch._foreach_addcmul_(squares, grads, grads, 1 - group["decay"])
-            roots = torch._foreach_add(squares, group["eps"])
-            torch._foreach_sqrt_(roots)
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_addcdiv_(momenta, grads, roots, group["lr"])
-            torch._foreach_sub_(params, momenta)
+            rates = {name: group[name] for name in ("lr", "decay", "momentum", "eps", "weight_decay")}
+            ops.rmsprop_step(params, squares, momenta, **rates)
 
 
 def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> torch.optim.Optimizer:

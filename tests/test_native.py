@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effnet import families, native, ops
 from effnet.network import build
+from effnet.optim import RMSProp
 from tests.conftest import missing
 
 # float32 sums of at most a few thousand products; bfloat16 keeps 8 bits, so each rounded value is within 2^-9 relative
@@ -197,3 +198,32 @@ def test_a_broken_compiler_is_reported_and_leaves_no_file(tmp_path):
     assert "None" in run.stdout
     assert "out of registers" in run.stdout
     assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_the_compiled_step_of_rmsprop_is_the_formula(weight_decay: float) -> None:
+    """Against PyTorch's operators in float64; a tensor of more than one chunk, channels-last weights, one number."""
+    shapes = ((70_000,), (6, 5, 3, 3), (16, 8, 1, 1), (1,))
+    mine = [nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(shapes)]
+    exact = [nn.Parameter(p.detach().double()) for p in mine]
+    steppers = [RMSProp(params, lr=0.1, weight_decay=weight_decay) for params in (mine, exact)]
+    for step in range(3):
+        for p, q in zip(mine, exact, strict=True):
+            p.grad = torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(step)
+            )  # the weights' own layout or not
+            p.grad = p.grad.contiguous(memory_format=torch.channels_last) if p.ndim == 4 and step else p.grad
+            q.grad = p.grad.double()
+        for stepper in steppers:
+            stepper.step()
+    for p, q in zip(mine, exact, strict=True):
+        close(p.detach(), q.detach(), torch.float32)
+
+
+def test_the_step_of_rmsprop_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels-last weights with the gradients that autograd gives them."""
+    network = families.get("efficientnet_b0")
+    model = build(network.replace(resolution=64)).to(memory_format=torch.channels_last)
+    model(normal(2, 3, 64, 64)).sum().backward()
+    monkeypatch.setattr(torch, "_foreach_sqrt_", lambda *_: pytest.fail("not compiled"))
+    RMSProp(model.parameters(), lr=0.1).step()

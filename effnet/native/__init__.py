@@ -112,6 +112,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         ("norm_backward", "iipppppppppp" + "iiii"),
         ("gate_forward", "ippp" + "iiii"),
         ("gate_backward", "ippppp" + "iiii"),
+        ("rmsprop", "pipi"),
     ):
         function = getattr(library, f"effnet_{name}")
         function.argtypes = [kinds[letter] for letter in arguments]

@@ -5,6 +5,7 @@
 //
 // Results do not depend on the number of threads: every sum is made of parts whose borders the shape alone decides, and
 // the parts are added in order.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -571,6 +572,37 @@ void gate_backward(const T* dy, const T* x, const float* gate, T* dx, float* dga
 
 }  // namespace
 
+// --- the step of RMSProp ----------------------------------------------------------------------------------------------
+
+// One pass over each tensor's memory: g += decay_weights w; s <- a s + (1 - a) g^2; m <- b m + lr g / sqrt(s + eps); w -= m.
+struct RmspropTensor {
+  float* w;
+  const float* g;
+  float *s, *m;
+  int64_t count;
+};
+struct RmspropRates { float lr, decay, momentum, eps, weight_decay; };
+
+void rmsprop(const RmspropTensor* tensors, int count, const RmspropRates& r, int threads) {
+  constexpr int64_t CHUNK = 1 << 15;
+  std::vector<RmspropTensor> chunks;
+  for (const RmspropTensor* t = tensors; t < tensors + count; ++t)
+    for (int64_t i = 0; i < t->count; i += CHUNK)
+      chunks.push_back({t->w + i, t->g + i, t->s + i, t->m + i, std::min(CHUNK, t->count - i)});
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (size_t c = 0; c < chunks.size(); ++c) {
+    const RmspropTensor t = chunks[c];
+    for (int64_t i = 0; i < t.count; ++i) {
+      const float w = t.w[i], g = t.g[i] + r.weight_decay * w;
+      const float s = r.decay * t.s[i] + (1 - r.decay) * g * g;
+      const float m = r.momentum * t.m[i] + r.lr * g / std::sqrt(s + r.eps);
+      t.s[i] = s;
+      t.m[i] = m;
+      t.w[i] = w - m;
+    }
+  }
+}
+
 // --- what Python calls: `half` says bfloat16; 0 is done, 1 a kernel, stride or activation that is not here ------------
 
 #define WINDOW_CASES(CALL)                                                                     \
@@ -660,6 +692,13 @@ int effnet_gate_backward(int half, const void* dy, const void* x, const float* g
   const Map s{n, pixels, channels};
   half ? gate_backward((const Bfloat16*)dy, (const Bfloat16*)x, gate, (Bfloat16*)dx, dgate, s, threads)
        : gate_backward((const float*)dy, (const float*)x, gate, (float*)dx, dgate, s, threads);
+  return 0;
+}
+
+int effnet_rmsprop(const void* tensors, int count, const float* rates, int threads) {
+  RmspropRates r;
+  std::memcpy(&r, rates, sizeof r);
+  rmsprop((const RmspropTensor*)tensors, count, r, threads);
   return 0;
 }
 
