@@ -197,7 +197,7 @@ def rmsprop_step(
 ) -> None:
     """TensorFlow's RMSProp on all `params` with their `.grad`, in place: `optim.RMSProp` has the formula.
 
-    Compiled, for dense float32 tensors on a CPU: one pass over their memory. Otherwise PyTorch's operators, many passes.
+    Compiled, for dense float32 tensors on a CPU: one pass over their memory. Otherwise PyTorch's operators, many.
     """
     grads = [param.grad for param in params if param.grad is not None]
     library = native.library()
