@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,13 @@ def run(args: argparse.Namespace) -> None:
     in_processes(__file__, todo, args.results, args.jobs)
 
 
-def in_processes(script: str, todo: Sequence[dict[str, Any]], results: Path, at_once: int) -> None:
+def in_processes(
+    script: str,
+    todo: Sequence[dict[str, Any]],
+    results: Path,
+    at_once: int,
+    words: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
     """`script one JOB` for every job, each in a process with one thread; rows are appended as they finish."""
     results.parent.mkdir(parents=True, exist_ok=True)
     if results.exists() and not results.read_text().endswith("\n"):  # a line that a kill tore
@@ -258,23 +264,28 @@ def in_processes(script: str, todo: Sequence[dict[str, Any]], results: Path, at_
         results.write_bytes(whole[: whole.rfind(b"\n") + 1])
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        for number, line in enumerate(pool.map(lambda job: subrun(script, job, results), todo), start=1):
+        for number, line in enumerate(pool.map(lambda job: subrun(script, job, results, words or said), todo), start=1):
             left = (time.perf_counter() - started) / number * (len(todo) - number)
             print(f"{number}/{len(todo)} {line}; about {left / 60:.0f} min left", flush=True)
 
 
-def subrun(script: str, job: dict[str, Any], results: Path) -> str:
+def subrun(script: str, job: dict[str, Any], results: Path, words: Callable[[dict[str, Any]], str]) -> str:
     """One run in a process of its own; its line is appended when it has finished."""
     command = [sys.executable, script, "one", json.dumps(job)]
     finished = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
-    words = f"{job['data']} {job['baseline']} {job['way']} x{job['budget']} seed {job['seed']}"
     if finished.returncode:
-        return f"{words}: FAILED\n{finished.stderr[-2000:]}"
+        return f"{json.dumps(job)}: FAILED\n{finished.stderr[-2000:]}"
     row = json.loads(finished.stdout.strip().splitlines()[-1])
     append(row, results)
-    return f"{words}: {score(row):.2f} %, {row['macs']:,} MACs, {row['seconds']} s"
+    return words(row)
+
+
+def said(row: dict[str, Any]) -> str:
+    """A finished run in a line."""
+    run = f"{row['data']} {row['baseline']} {row['way']} x{row['budget']} seed {row['seed']}"
+    return f"{run}: {score(row):.2f} %, {row['macs']:,} MACs, {row['seconds']} s"
 
 
 def append(row: dict[str, Any], results: Path) -> None:
@@ -380,10 +391,14 @@ def against(seeds: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any
     differences = [
         score(reference[seed], metric) - score(seeds[seed], metric) for seed in sorted(seeds.keys() & reference.keys())
     ]
+    return interval([score(row, metric) for row in seeds.values()]), *paired(differences)
+
+
+def paired(differences: Sequence[float]) -> tuple[str, str]:
+    """The mean of paired differences with its interval, and what it says: better, worse, or a tie."""
     bounds = t_interval(differences) if differences else None
     verdict = "" if bounds is None else "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else "tie"
-    mean = interval([score(row, metric) for row in seeds.values()])
-    return mean, interval(differences) if differences else "", verdict
+    return interval(differences) if differences else "", verdict
 
 
 def figure(found: Sequence[dict[str, Any]], path: Path) -> None:
