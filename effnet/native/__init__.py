@@ -1,10 +1,11 @@
-"""Is there a compiler here, and what does it make of `kernels.cpp`? Built on first use, cached, and never required.
+"""Is there a compiler here, and what does it make of our C++? Built on first use, cached, and never required.
 
-`library()` gives the compiled kernels or None; `ops` asks it and has a plain PyTorch twin for every one of them. The
-file is compiled for this very processor (`-march=native`), so the cache is keyed by source, compiler, flags and
-processor. `EFFNET_NATIVE=0` switches it off. `why_not()` says in words why there is none.
+`library()` gives the compiled `kernels.cpp` (the operators of a step) or None, `picture_library()` the compiled
+`pixels.cpp` (those of a training view); `ops` and `pixels` ask and have a plain twin for every one of them. A file is
+compiled for this very processor (`-march=native`), so the cache is keyed by source, compiler, flags and processor.
+`EFFNET_NATIVE=0` switches both off. `why_not()` says in words why there is none.
 
-The functions of the library take addresses of channels-last maps; what may be passed is checked in `ops`.
+The functions of the libraries take addresses; what may be passed is checked in `ops` and `pixels`.
 """
 
 import ctypes
@@ -18,17 +19,49 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+HERE = Path(__file__).parent
 # no -ffast-math: sums keep their order, and a NaN in a loss must stay one
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+MORE_FLAGS = {"pixels": ("-ffp-contract=off",)}  # Pillow rounds products before it adds them, and so do we
+# p an address, i an int, l a long, f a float
+FUNCTIONS = {
+    "kernels": (
+        ("depthwise_forward", "ipppp" + "iii"),
+        ("depthwise_backward", "ipppppp" + "iii"),
+        ("moments", "ippp" + "iiii"),
+        ("norm_forward", "iippppp" + "iiii"),
+        ("norm_backward", "iipppppppppp" + "iiii"),
+        ("gate_forward", "ippp" + "iiii"),
+        ("gate_backward", "ippppp" + "iiii"),
+        ("rmsprop", "pipi"),
+    ),
+    "pixels": (
+        ("resize", "pliippiii"),
+        ("look_up", "pppl"),
+        ("histogram", "plp"),
+        ("luma_sum", "plp"),
+        ("fade", "pplf"),
+        ("sharpen", "ppiif"),
+        ("move", "ppiipp"),
+    ),
+}
 _reason = ""
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, built first where they are not in the cache (about eight seconds, once)."""
+    """The compiled kernels of a step, built first where they are not in the cache (about eight seconds, once)."""
+    return _switched("kernels")
+
+
+def picture_library() -> ctypes.CDLL | None:
+    """The compiled operators on uint8 pictures, built first where they are not in the cache (a few seconds, once)."""
+    return _switched("pixels")
+
+
+def _switched(name: str) -> ctypes.CDLL | None:
     if sys.platform != "linux" or os.environ.get("EFFNET_NATIVE", "1") == "0":
         return None  # read each time, so that it can be switched while running
-    return _library()
+    return _library(name)
 
 
 def why_not() -> str:
@@ -37,21 +70,22 @@ def why_not() -> str:
         return f"built on Linux only, this is {sys.platform}"
     if os.environ.get("EFFNET_NATIVE", "1") == "0":
         return "switched off by EFFNET_NATIVE=0"
-    return "" if _library() is not None else _reason
+    return "" if _library("kernels") is not None else _reason
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library(name: str) -> ctypes.CDLL | None:
     global _reason
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     if compiler is None:
         _reason = "no C++ compiler: neither $CXX nor g++ nor clang++ is on the PATH"
         return None
     try:
-        path = cache_folder() / f"kernels-{_key(compiler)}.so"
+        source, flags = HERE / f"{name}.cpp", (*FLAGS, *MORE_FLAGS.get(name, ()))
+        path = cache_folder() / f"{name}-{_key(compiler, source, flags)}.so"
         if not path.exists():
-            _build(compiler, path)
-        return _typed(ctypes.CDLL(str(path)))
+            _build([compiler, *flags, str(source)], path)
+        return _typed(ctypes.CDLL(str(path)), name)
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         _reason = f"{compiler} could not build it: {output.strip().splitlines()[-1] if output.strip() else error!r}"
@@ -68,10 +102,10 @@ def cache_folder() -> Path:
     return (Path(usual) if usual else Path.home() / ".cache") / "effnet"
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     """What the binary depends on: source, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, platform.machine().encode(), _processor())
+    parts = (source.read_bytes(), " ".join(flags).encode(), version, platform.machine().encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -91,30 +125,20 @@ def processor() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(command: list[str], path: Path) -> None:
     """Compiles to a temporary file and renames it, so that two processes at once both end with a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=True, timeout=300)
         os.replace(built, path)
 
 
-def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declares the arguments: p an address, i an int."""
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int}
-    for name, arguments in (
-        ("depthwise_forward", "ipppp" + "iii"),
-        ("depthwise_backward", "ipppppp" + "iii"),
-        ("moments", "ippp" + "iiii"),
-        ("norm_forward", "iippppp" + "iiii"),
-        ("norm_backward", "iipppppppppp" + "iiii"),
-        ("gate_forward", "ippp" + "iiii"),
-        ("gate_backward", "ippppp" + "iiii"),
-        ("rmsprop", "pipi"),
-    ):
-        function = getattr(library, f"effnet_{name}")
+def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
+    """Declares the arguments."""
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float}
+    for function_name, arguments in FUNCTIONS[name]:
+        function = getattr(library, f"effnet_{function_name}")
         function.argtypes = [kinds[letter] for letter in arguments]
         function.restype = ctypes.c_int
     return library
