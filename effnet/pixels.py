@@ -35,13 +35,17 @@ def resized(
     """
     height, width = image.shape[:2]
     left, top, right, bottom = box or (0, 0, width, height)
-    library = native.picture_library()
     slight = max(right - left, bottom - top) < 4 * size_px
-    if library is None or not slight or interpolation not in ("bilinear", "bicubic") or not _rows(image):
-        picture = Image.fromarray(image).resize(
-            (size_px, size_px), resampling(interpolation), (left, top, right, bottom), reducing_gap=2.0
-        )
-        return np.array(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture)
+    if not slight or interpolation not in ("bilinear", "bicubic"):
+        whole = Image.fromarray(image)
+        picture = whole.resize((size_px, size_px), resampling(interpolation), box, reducing_gap=2.0)
+        return _mirrored(picture, flip)
+    library = native.picture_library()
+    if library is None or image.strides[1:] != (3, 1):
+        # rows first, always: Pillow 13 chooses the order of its two passes by the shape, Pillow 12 does not
+        rows = Image.fromarray(image).resize((size_px, height), resampling(interpolation), (left, 0, right, height))
+        picture = rows.resize((size_px, size_px), resampling(interpolation), (0, top, size_px, bottom))
+        return _mirrored(picture, flip)
     out = np.empty((size_px, size_px, 3), np.uint8)
     corners = (ctypes.c_float * 4)(left, top, right, bottom)
     cubic = interpolation == "bicubic"
@@ -142,9 +146,8 @@ def rotated(image: np.ndarray, degrees: float) -> np.ndarray:
     return moved(image, (cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y))
 
 
-def _rows(image: np.ndarray) -> bool:
-    """Whether pixels lie side by side within each row."""
-    return image.strides[1:] == (3, 1)
+def _mirrored(picture: Image.Image, flip: bool) -> np.ndarray:
+    return np.array(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture)
 
 
 def _at(array: np.ndarray) -> int:

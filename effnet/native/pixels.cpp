@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512VBMI__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -15,13 +15,20 @@ namespace {
 
 typedef uint8_t u8;
 typedef u8 bvec __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(32)));
 typedef int32_t ivec __attribute__((vector_size(64), aligned(4)));
 typedef float fvec __attribute__((vector_size(64), aligned(4)));
 
 constexpr int L = 16;  // lanes
 
 inline bvec bytes(const u8* p) { return *(const bvec*)p; }
-inline ivec widened(bvec v) { return __builtin_convertvector(v, ivec); }
+inline ivec widened(bvec v) {
+#if defined(__AVX512F__)
+  return (ivec)_mm512_cvtepu8_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(__builtin_convertvector(v, hvec), ivec);  // g++ takes both steps at once one by one
+#endif
+}
 inline ivec clamped(ivec v) {
   v = v < 0 ? ivec{} : v;
   return v > 255 ? ivec{} + 255 : v;
