@@ -53,7 +53,7 @@ def measured(setup: dict[str, Any], options: argparse.Namespace) -> dict[str, fl
     """One measurement in this process: images per second, and the share of time spent waiting for batches."""
     import torch
 
-    from effnet.data import By, Cache, batches, decoded_px, open_data
+    from effnet.data import By, Cache, batches, open_data
     from effnet.families import get
     from effnet.images import normalise
     from effnet.network import build, replace_head
@@ -63,7 +63,7 @@ def measured(setup: dict[str, Any], options: argparse.Namespace) -> dict[str, fl
     source = open_data(options.data).train
     cache = Cache() if setup.get("cached") else Cache(0)
     if setup.get("cached"):
-        cache.fill(source, workers=2, at_least=decoded_px(options.size))
+        cache.fill(source, workers=2)
 
     def reading() -> Iterator[Any]:
         by = setup["by"] if setup["by"] in get_args(By) else "thread"

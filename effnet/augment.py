@@ -15,26 +15,24 @@ shifts and cut-outs shrink below 224 px (`Reach.at`).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from effnet.images import resampling
+from effnet.images import Picture
+from effnet.pixels import FILL, faded, histogram, looked_up, mean_grey, moved, resized, rotated, sharpened
+from effnet.recipes import Crop, Policy
 from effnet.spec import Interpolation
 from effnet.value import check_choice, check_range
-
-Crop = Literal["inception", "dihedral", "resize", "none"]
-Policy = Literal["randaugment", "autoaugment", "cutout"]
-FILL = (128, 128, 128)  # what geometric operations uncover (official code)
 
 # --- one view of one image ------------------------------------------------------------------------------------------
 
 
 def view(
-    image: np.ndarray,
+    image: np.ndarray | Picture,
     size_px: int,
     *,
     crop: Crop,
@@ -44,7 +42,7 @@ def view(
     interpolation: Interpolation = "bicubic",
     area: tuple[float, float] = (0.08, 1.0),
 ) -> np.ndarray:
-    """One random training view of `image` (uint8 (H, W, 3)) as uint8 (size_px, size_px, 3).
+    """One random training view of `image` (uint8 (H, W, 3), or not yet decoded) as uint8 (size_px, size_px, 3).
 
     `crop` `inception`: a share `area` of the image (V2: from 0.05) at an aspect of 3/4 to 4/3, flipped half the time.
     `dihedral`: the central square, one of its eight flips and turns, within 3 degrees, 2 % of shift and 2 % of scale;
@@ -58,7 +56,7 @@ def view(
     check_range("magnitude", magnitude, 0)
     if crop == "dihedral":
         pixels = warp(
-            image,
+            _shrunk(image, size_px, *_sides(image))[0],
             size_px,
             turns=int(rng.integers(4)),
             flip=bool(rng.integers(2)),
@@ -67,14 +65,10 @@ def view(
             shift=rng.uniform(-0.02, 0.02, 2),
         )
     else:
-        if crop == "inception":
-            left, top, width, height = inception_box(image.shape[1], image.shape[0], rng, area=area)
-            image = image[top : top + height, left : left + width]
-        # reducing_gap: whole multiples are averaged first, which is fast and, at 2, hard to tell from the full filter
-        picture = Image.fromarray(image).resize((size_px, size_px), resampling(interpolation), reducing_gap=2.0)
-        if crop != "none" and rng.random() < 0.5:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = np.array(picture)
+        width, height = _sides(image)
+        box = inception_box(width, height, rng, area=area) if crop == "inception" else (0, 0, width, height)
+        part, inside = _part(image, box, size_px)
+        pixels = resized(part, size_px, interpolation, box=inside, flip=crop != "none" and rng.random() < 0.5)
     if policy == "autoaugment":
         return auto_augment(pixels, rng, reach=AUTO_REACH.at(size_px))
     if policy == "cutout":
@@ -82,6 +76,36 @@ def view(
     if magnitude == 0:
         return pixels
     return rand_augment(pixels, magnitude, rng, reach=RAND_REACH.at(size_px))
+
+
+def _sides(image: np.ndarray | Picture) -> tuple[int, int]:
+    """Width and height."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else (image.width, image.height)
+
+
+def _shrunk(image: np.ndarray | Picture, size_px: int, width: int, height: int) -> tuple[np.ndarray, int]:
+    """The pixels of `image`, a JPEG's at 1 / 2, 4 or 8 where `width` x `height` of them then still hold a view."""
+    if isinstance(image, np.ndarray):
+        return image, 1
+    shrink = next(s for s in (8, 4, 2, 1) if s == 1 or (image.shrinks and min(width, height) >= s * size_px))
+    return image.pixels(shrink), shrink
+
+
+def _part(
+    image: np.ndarray | Picture, box: tuple[int, int, int, int], size_px: int
+) -> tuple[np.ndarray, tuple[float, float, float, float] | None]:
+    """The pixels under `box` (left, top, width, height), and where in them the box lies (None: it is all of them).
+
+    Cut out first, so that no filter reaches beyond the box. What is not yet decoded comes as small as the view allows.
+    """
+    left, top, width, height = box
+    pixels, shrink = _shrunk(image, size_px, width, height)
+    if shrink == 1:
+        return pixels[top : top + height, left : left + width], None
+    sides = left / shrink, top / shrink, (left + width) / shrink, (top + height) / shrink
+    first_column, first_row = int(sides[0]), int(sides[1])
+    part = pixels[first_row : math.ceil(sides[3]), first_column : math.ceil(sides[2])]
+    return part, (sides[0] - first_column, sides[1] - first_row, sides[2] - first_column, sides[3] - first_row)
 
 
 def inception_box(
@@ -183,7 +207,8 @@ class Reach:
 RAND_REACH = Reach(translate_px=100, cutout_px=40)
 AUTO_REACH = Reach(translate_px=250, cutout_px=100)
 
-Operation = Callable[[Image.Image, float, np.random.Generator, Reach], Image.Image]
+Operation = Callable[[np.ndarray, float, np.random.Generator, Reach], np.ndarray]
+_VALUES = np.arange(256)
 
 
 def _either_way(value: float, rng: np.random.Generator) -> float:
@@ -191,50 +216,64 @@ def _either_way(value: float, rng: np.random.Generator) -> float:
     return value if rng.random() < 0.5 else -value
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """The official code samples the nearest pixel."""
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=FILL)
+def _mapped(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Each value v becomes `values[v]` (256), or `values[c, v]` (3, 256) in channel c; rounded down and clipped."""
+    return looked_up(image, np.ascontiguousarray(np.broadcast_to(np.clip(values, 0, 255).astype(np.uint8), (3, 256))))
 
 
-def _rotate(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    return image.rotate(_either_way(30 * level / 10, rng), Image.Resampling.NEAREST, fillcolor=FILL)
+def _rotate(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return rotated(image, _either_way(30 * level / 10, rng))  # the official code samples the nearest pixel
 
 
-def _shear_x(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    return _affine(image, (1, _either_way(0.3 * level / 10, rng), 0, 0, 1, 0))
+def _shear_x(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return moved(image, (1, _either_way(0.3 * level / 10, rng), 0, 0, 1, 0))
 
 
-def _shear_y(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    return _affine(image, (1, 0, 0, _either_way(0.3 * level / 10, rng), 1, 0))
+def _shear_y(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return moved(image, (1, 0, 0, _either_way(0.3 * level / 10, rng), 1, 0))
 
 
-def _translate_x(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
-    return _affine(image, (1, 0, _either_way(reach.translate_px * level / 10, rng), 0, 1, 0))
+def _translate_x(image: np.ndarray, level: float, rng: np.random.Generator, reach: Reach) -> np.ndarray:
+    return moved(image, (1, 0, _either_way(reach.translate_px * level / 10, rng), 0, 1, 0))
 
 
-def _translate_y(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
-    return _affine(image, (1, 0, 0, 0, 1, _either_way(reach.translate_px * level / 10, rng)))
+def _translate_y(image: np.ndarray, level: float, rng: np.random.Generator, reach: Reach) -> np.ndarray:
+    return moved(image, (1, 0, 0, 0, 1, _either_way(reach.translate_px * level / 10, rng)))
 
 
-def _posterize(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    bits = int(level / 10 * 4)
-    return ImageOps.posterize(image, min(max(bits, 1), 8))  # TensorFlow clamps the shift too: at least one bit is kept
+def _auto_contrast(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    counts = histogram(image) > 0
+    low, high = counts.argmax(axis=1), 255 - counts[:, ::-1].argmax(axis=1)
+    scale = 255 / np.maximum(high - low, 1)  # a flat channel stays as it is
+    stretched = np.floor(_VALUES * scale[:, None] + -low[:, None] * scale[:, None])
+    return _mapped(image, np.where((high > low)[:, None], stretched, _VALUES))
 
 
-def _solarize(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    return ImageOps.solarize(image, int(level / 10 * 256))  # from level 10 on nothing is inverted (official)
+def _equalize(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    counts = histogram(image).astype(np.int64)
+    highest = 255 - (counts[:, ::-1] > 0).argmax(axis=1)
+    step = (counts.sum(axis=1) - counts[np.arange(3), highest]) // 255
+    before = np.cumsum(counts, axis=1) - counts
+    spread = (before + (step // 2)[:, None]) // np.maximum(step, 1)[:, None]
+    return _mapped(image, np.where((step > 0)[:, None], spread, _VALUES))  # too few values to spread: as it is
 
 
-def _solarize_add(image: Image.Image, level: float, rng: np.random.Generator, _: Reach) -> Image.Image:
-    table = [min(255, value + int(level / 10 * 110)) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
+def _invert(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return 255 - image
 
 
-def _cutout(image: Image.Image, level: float, rng: np.random.Generator, reach: Reach) -> Image.Image:
-    left, top, right, bottom = _square(image.width, image.height, int(level / 10 * reach.cutout_px), rng)
-    image = image.copy()
-    image.paste(FILL, (left, top, right, bottom))
-    return image
+def _posterize(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    bits = min(max(int(level / 10 * 4), 1), 8)  # TensorFlow clamps the shift too: at least one bit is kept
+    return image & np.uint8(256 - 2 ** (8 - bits))
+
+
+def _solarize(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    threshold = int(level / 10 * 256)  # from level 10 on nothing is inverted (official)
+    return _mapped(image, np.where(threshold > _VALUES, _VALUES, 255 - _VALUES))
+
+
+def _solarize_add(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return _mapped(image, np.where(_VALUES < 128, _VALUES + int(level / 10 * 110), _VALUES))
 
 
 def _factor(level: float) -> float:
@@ -242,17 +281,46 @@ def _factor(level: float) -> float:
     return level / 10 * 1.8 + 0.1
 
 
+def _color(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return faded(image, _factor(level))
+
+
+def _contrast(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return _blended(image, mean_grey(image), level)
+
+
+def _brightness(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return _blended(image, 0, level)
+
+
+def _blended(image: np.ndarray, flat: int, level: float) -> np.ndarray:
+    """A picture of the one value `flat`, blended with `image`; float32, as Pillow blends."""
+    return _mapped(image, np.float32(flat) + np.float32(_factor(level)) * (_VALUES - flat).astype(np.float32))
+
+
+def _sharpness(image: np.ndarray, level: float, rng: np.random.Generator, _: Reach) -> np.ndarray:
+    return sharpened(image, _factor(level))
+
+
+def _cutout(image: np.ndarray, level: float, rng: np.random.Generator, reach: Reach) -> np.ndarray:
+    half_px = int(level / 10 * reach.cutout_px)
+    left, top, right, bottom = _square(image.shape[1], image.shape[0], half_px, rng)
+    image = image.copy()
+    image[top:bottom, left:right] = FILL
+    return image
+
+
 OPERATIONS: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, rng, reach: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, rng, reach: ImageOps.equalize(image),
-    "Invert": lambda image, level, rng, reach: ImageOps.invert(image),
+    "AutoContrast": _auto_contrast,
+    "Equalize": _equalize,
+    "Invert": _invert,
     "Rotate": _rotate,
     "Posterize": _posterize,
     "Solarize": _solarize,
-    "Color": lambda image, level, rng, reach: ImageEnhance.Color(image).enhance(_factor(level)),
-    "Contrast": lambda image, level, rng, reach: ImageEnhance.Contrast(image).enhance(_factor(level)),
-    "Brightness": lambda image, level, rng, reach: ImageEnhance.Brightness(image).enhance(_factor(level)),
-    "Sharpness": lambda image, level, rng, reach: ImageEnhance.Sharpness(image).enhance(_factor(level)),
+    "Color": _color,
+    "Contrast": _contrast,
+    "Brightness": _brightness,
+    "Sharpness": _sharpness,
     "ShearX": _shear_x,
     "ShearY": _shear_y,
     "TranslateX": _translate_x,
@@ -260,6 +328,7 @@ OPERATIONS: dict[str, Operation] = {
     "Cutout": _cutout,
     "SolarizeAdd": _solarize_add,
 }
+_IN_ORDER = tuple(OPERATIONS.values())
 
 
 def distort(
@@ -267,7 +336,7 @@ def distort(
 ) -> np.ndarray:
     """One operation of RandAugment, by name, on a uint8 (H, W, 3) image. Levels above 10 extrapolate."""
     check_choice("operation", operation, OPERATIONS)
-    return np.array(OPERATIONS[operation](Image.fromarray(image), level, rng, reach))
+    return OPERATIONS[operation](image, level, rng, reach)
 
 
 def rand_augment(
@@ -278,10 +347,9 @@ def rand_augment(
     The paper's and the code's magnitudes share this scale; they differ in what a recipe asks for (V2: 15/20/25 against
     10/15/20). Level 0 is not the identity: Posterize keeps one bit, Solarize inverts, Color leaves a tenth.
     """
-    picture = Image.fromarray(image)
     for index in rng.integers(len(OPERATIONS), size=operations):
-        picture = list(OPERATIONS.values())[index](picture, magnitude, rng, reach)
-    return np.array(picture)
+        image = _IN_ORDER[index](image, magnitude, rng, reach)
+    return image
 
 
 Step = tuple[str, float, int]  # operation, probability, level
@@ -317,11 +385,10 @@ AUTO_AUGMENT_V0: tuple[tuple[Step, Step], ...] = (
 
 def auto_augment(image: np.ndarray, rng: np.random.Generator, *, reach: Reach = AUTO_REACH) -> np.ndarray:
     """One of the 25 sub-policies of AutoAugment v0, drawn uniformly, on a uint8 (H, W, 3) image."""
-    picture = Image.fromarray(image)
     for name, probability, level in AUTO_AUGMENT_V0[rng.integers(len(AUTO_AUGMENT_V0))]:
         if rng.random() < probability:
-            picture = OPERATIONS[name](picture, level, rng, reach)
-    return np.array(picture)
+            image = OPERATIONS[name](image, level, rng, reach)
+    return image
 
 
 # --- holes ----------------------------------------------------------------------------------------------------------

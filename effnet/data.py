@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effnet.augment import Crop, Policy, view
-from effnet.images import ImageError, prepare
+from effnet.augment import view
+from effnet.images import ImageError, Picture, prepare
+from effnet.recipes import Crop, Policy
 from effnet.samples import ArrayPixels, Pixels, Source, Splits
 from effnet.sources import open_data
 from effnet.spec import Preprocess
@@ -41,7 +42,6 @@ By = Literal["thread", "process"]
 
 ORDER, VIEW = 0, 1  # the last word of a key: streams for different uses never meet
 SKIP_FRACTION, SKIP_FILES = 0.01, 10  # the ceiling of `skip`: the larger of the two, per epoch
-DECODED_PX = 1024  # training decodes large JPEGs no finer than needed for views up to half of this
 BATCHES_AHEAD = 2
 MOST_WORKERS = 8  # threads; beyond, they wait for the interpreter lock more than they gain
 
@@ -92,44 +92,67 @@ class Cache:
     """Decoded pictures up to a budget of bytes; grey ones take a third. Thread-safe; pictures are never evicted.
 
     Every picture is used once an epoch in a new order, so evicting by age would throw out what is needed next: the
-    first ones to arrive stay. Forked workers inherit what is here when they start (`fill` it before), no more.
+    first ones to arrive stay, and what has no room is decoded again each time. Training asks for a picture at the
+    scale that a view needs, and each scale is kept by itself: small views keep small pictures. Which pixels a view is
+    made of never depends on what is kept. Forked workers inherit what is here when they start (`fill` it before).
     """
 
     def __init__(self, budget_bytes: int = 2**30) -> None:
         check_range("cache budget in bytes", budget_bytes, 0)
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._kept: dict[tuple[Pixels, int, int | None], np.ndarray] = {}
+        self._kept: dict[Key, np.ndarray] = {}
+        self._headers: dict[tuple[Pixels, int], Header] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def image(self, source: Source, index: int, at_least: int | None = None) -> np.ndarray:
+    def image(self, source: Source, index: int) -> np.ndarray:
         """`source.image(index)`, decoded at most once as long as there is room."""
         if isinstance(source.pixels, ArrayPixels):
             return source.image(index)  # nothing to decode, and already in memory
-        key = (source.pixels, int(source.rows[index]), at_least)
+        row = int(source.rows[index])
+        return self.kept((source.pixels, row, None), lambda: source.pixels.image(row))
+
+    def picture(self, source: Source, index: int) -> Picture | np.ndarray:
+        """The same for training: pixels are decoded when a view asks for them, at its scale, or taken from here."""
+        row = int(source.rows[index])
+        if self.budget_bytes == 0 or isinstance(source.pixels, ArrayPixels):
+            return source.pixels.picture(row)
+        return Cached(self, source.pixels, row)
+
+    def header(self, pixels: Pixels, row: int) -> "Header | None":
+        """Width, height and whether the picture shrinks, where any scale of it is here."""
+        return self._headers.get((pixels, row))
+
+    def kept(self, key: "Key", decoded: Callable[[], np.ndarray], header: "Header | None" = None) -> np.ndarray:
+        """What is here under `key`; else `decoded()`, kept if there is room, with its `header`."""
         packed = self._kept.get(key)
         if packed is None:
-            image = source.pixels.image(key[1], at_least)
+            image = decoded()
             if self.used_bytes < self.budget_bytes:
-                self._keep(key, image)
+                self._keep(key, image, header)
             return image
         return _thrice(packed) if packed.shape[2] == 1 else packed
 
-    def fill(self, source: Source, *, workers: int, at_least: int | None = None) -> None:
-        """Decodes all of `source` ahead of time; what cannot be decoded is left to the policy of `batches`."""
+    def fill(self, source: Source, *, workers: int) -> None:
+        """Decodes all of `source` for training, at full size, ahead of time.
+
+        What cannot be decoded is left to the policy of `batches`.
+        """
 
         def load(index: int) -> None:
             if self.used_bytes < self.budget_bytes:
                 with contextlib.suppress(ImageError):  # met again, and then named, when its batch is made
-                    self.image(source, index, at_least)
+                    picture = self.picture(source, index)
+                    if not isinstance(picture, np.ndarray):
+                        picture.pixels()
 
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             deque(pool.map(load, range(len(source))), maxlen=0)
 
-    def _keep(self, key: tuple[Pixels, int, int | None], image: np.ndarray) -> None:
+    def _keep(self, key: "Key", image: np.ndarray, header: "Header | None") -> None:
         grey = (image[..., 0] == image[..., 1]).all() and (image[..., 0] == image[..., 2]).all()
         packed = image[..., :1].copy() if grey else image
         with self._lock:
@@ -137,6 +160,39 @@ class Cache:
                 packed.flags.writeable = False  # from now on shared by everyone who asks
                 self._kept[key] = packed
                 self.used_bytes += packed.nbytes
+                if header is not None:
+                    self._headers[key[:2]] = header
+
+
+Header = tuple[int, int, bool]  # width, height, whether it shrinks
+Key = tuple[Pixels, int, int | None]  # of a kept picture: where it is from, and its shrink (None: for evaluation)
+
+
+@final
+class Cached:
+    """A `Picture` whose header and pixels are read at most once, as long as `cache` has room. For one view."""
+
+    def __init__(self, cache: Cache, pixels: Pixels, row: int) -> None:
+        self._cache, self._pixels, self._row = cache, pixels, row
+        self._opened: Picture | None = None
+        self._header = cache.header(pixels, row) or self._read()
+        self.width, self.height, self.shrinks = self._header
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """As `Picture.pixels`; read-only where it is kept."""
+        key = self._pixels, self._row, shrink
+        return self._cache.kept(key, lambda: self._open().pixels(shrink), self._header)
+
+    def _read(self) -> Header:
+        picture = self._open()
+        return picture.width, picture.height, picture.shrinks
+
+    def _open(self) -> Picture:
+        if self._opened is None:
+            picture = self._pixels.picture(self._row)
+            assert not isinstance(picture, np.ndarray)  # those are not cached
+            self._opened = picture
+        return self._opened
 
 
 def _thrice(grey: np.ndarray) -> np.ndarray:
@@ -194,12 +250,11 @@ class Views:
 
     def __call__(self, index: int) -> np.ndarray:
         size_px = self.preprocess.size
-        image = self.cache.image(self.source, index, decoded_px(size_px) if self.train else None)
         if not self.train:
-            return prepare(image, self.preprocess)
+            return prepare(self.cache.image(self.source, index), self.preprocess)
         rng = sample_rng(self.seed, self.epoch, index)
         return view(
-            image,
+            self.cache.picture(self.source, index),
             size_px,
             crop=self.crop,
             policy=self.policy,
@@ -226,11 +281,6 @@ class Views:
         images = self.empty(len(indices))
         errors = [self.put(int(index), images, place) for place, index in enumerate(indices)]
         return Made(images, {place: error for place, error in enumerate(errors) if error})
-
-
-def decoded_px(size_px: int) -> int:
-    """How fine training decodes: views up to 512 px share one resolution, so that a cache serves every phase."""
-    return max(DECODED_PX, 2 * size_px)
 
 
 def batches(

@@ -1,7 +1,12 @@
 """How do bytes become the pixels a network sees? The only door: training, evaluation, explanation and serving use it.
 
 `decode` turns a file into uint8 RGB (H, W, 3); what is too large is refused before it is decoded, and what is broken is
-one `ImageError`. `prepare` is the evaluation geometry of a weight source (`Preprocess`), `normalise` the last step.
+one `ImageError`. `opened` reads the header only, for training views, which often need a JPEG's pixels at 1/2 or less.
+`prepare` is the evaluation geometry of a weight source (`Preprocess`), `normalise` the last step.
+
+Evaluation decodes with Pillow, always. Training takes `simplejpeg` where it is installed (the extra `fast`): the same
+library, libjpeg-turbo, with less around it. Where the two were built from different versions of it, pixels may differ
+by a few grey levels. What simplejpeg finds fault with, Pillow decides.
 
 Sources: PyTorch-trained weights are evaluated with Pillow's antialiased resize and torchvision's roundings; official
 V1 weights (preprocessing.py) with TensorFlow 1's resize: no antialias, no half-pixel shift. Departures: colour
@@ -9,14 +14,17 @@ profiles are ignored, and `prepare` rounds to uint8 where TensorFlow keeps fract
 """
 
 import contextlib
+import functools
+import importlib
 import io
 import os
 import re
 import stat
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, final
 
 import numpy as np
 import torch
@@ -24,6 +32,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from effnet.pixels import resampling
 from effnet.spec import Interpolation, Preprocess
 from effnet.value import UsageError, check_choice, check_range
 
@@ -95,35 +104,45 @@ class ImageInfo:
 
 
 def decode(
-    data: bytes | str | Path, limits: Limits = Limits(), *, at_least: int | None = None, name: str | None = None
+    data: bytes | str | Path, limits: Limits = Limits(), *, shrink: int = 1, name: str | None = None
 ) -> np.ndarray:
     """A JPEG, PNG, WebP, BMP, TIFF or the first frame of a GIF as uint8 (H, W, 3) RGB, upright by its EXIF orientation.
 
     Transparency is composited on white; 16-bit grey is scaled to 8 bits; CMYK is converted by (255 - C)(255 - K) / 255.
-    `at_least`: a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as both sides keep this many pixels (faster; for
-    training views). `name` replaces the path in errors. `ImageError` when the file is missing, above `limits` (checked
-    before decoding), of another format, truncated or broken.
+    `shrink` 2, 4 or 8: a JPEG's pixels at 1/2, 1/4 or 1/8, sides rounded up (faster); other formats stay as they are.
+    `name` replaces the path in errors. `ImageError` when the file is missing, above `limits` (checked before decoding),
+    of another format, truncated or broken.
     """
     content, name = _read(data, limits, name)
+    return _decoded(content, limits, name, shrink)
+
+
+def _decoded(content: bytes, limits: Limits, name: str, shrink: int) -> np.ndarray:
     with _decoding(name), _open(content, name) as image:
-        pixels = image.width * image.height
-        if pixels > limits.max_pixels:
-            raise ImageError(
-                name,
-                f"{image.width} x {image.height} is {pixels / 1e6:.1f} megapixels; "
-                f"the limit is {limits.max_pixels / 1e6:.1f}",
-            )
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
+        _check_pixels(image.width, image.height, limits, name)
+        if shrink > 1:
+            image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
         _load(image)
         rgb = _to_rgb(image, name)
         turn = _UPRIGHT.get(_orientation(image))
         return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
+def _check_pixels(width: int, height: int, limits: Limits, name: str) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            name,
+            f"{width} x {height} is {width * height / 1e6:.1f} megapixels; the limit is {limits.max_pixels / 1e6:.1f}",
+        )
+
+
 def inspect(data: bytes | str | Path, limits: Limits = Limits(), *, name: str | None = None) -> ImageInfo:
     """What the header says about an image, without decoding its pixels. Raises as `decode`, but has no pixel limit."""
     content, name = _read(data, limits, name)
+    return _inspected(content, name)
+
+
+def _inspected(content: bytes, name: str) -> ImageInfo:
     with _decoding(name), _open(content, name) as image:
         orientation = _orientation(image)
         width, height = image.size
@@ -137,6 +156,102 @@ def inspect(data: bytes | str | Path, limits: Limits = Limits(), *, name: str | 
             exif_orientation=orientation,
             bits=_bits(image, content),
         )
+
+
+# --- from bytes to as few pixels as a training view needs ------------------------------------------------------------
+
+
+class Picture(Protocol):
+    """A picture of known size whose pixels are made when asked for. `shrinks`: it can be had at 1/2, 1/4 and 1/8."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def shrinks(self) -> bool: ...
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """uint8 (ceil(height / shrink), ceil(width / shrink), 3). `ImageError` when it cannot be decoded."""
+        ...
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """A file in memory, its header read and within the limits: a `Picture`. `width`, `height`: upright.
+
+    `plain`: a JPEG that needs nothing but decoding (8 bits, grey or three channels, no metadata that could turn it).
+    """
+
+    content: bytes
+    name: str
+    limits: Limits
+    width: int
+    height: int
+    shrinks: bool
+    plain: bool
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """uint8 (ceil(height / shrink), ceil(width / shrink), 3). `ImageError` when it cannot be decoded."""
+        simplejpeg = _simplejpeg() if self.plain else None
+        if simplejpeg is not None:
+            height, width = -(-self.height // shrink), -(-self.width // shrink)
+            with contextlib.suppress(ValueError):  # a fault, however small: Pillow decides whether it costs the picture
+                pixels = simplejpeg(self.content, "RGB", min_height=height, min_width=width, min_factor=shrink)
+                if pixels.shape == (height, width, 3):
+                    return pixels
+        return _decoded(self.content, self.limits, self.name, shrink)
+
+
+def opened(data: bytes | str | Path, limits: Limits = Limits(), *, name: str | None = None) -> Encoded:
+    """The header of an image, for `Encoded.pixels`. Raises as `decode` for what is too large, missing or no image."""
+    content, name = _read(data, limits, name)
+    size, shrinks = plain_jpeg_size(content), True
+    plain = size is not None
+    if size is None:
+        info = _inspected(content, name)
+        size, shrinks = (info.width, info.height), info.format == "JPEG"
+    width, height = size
+    _check_pixels(width, height, limits, name)
+    return Encoded(content=content, name=name, limits=limits, width=width, height=height, shrinks=shrinks, plain=plain)
+
+
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG of 8 bits and one or three channels without APP1 (EXIF, XMP); None for all others.
+
+    Reads the markers up to the first scan. A frame of any other kind, a stray byte or a missing piece is None too.
+    """
+    if content[:3] != b"\xff\xd8\xff":
+        return None
+    size, at = None, 2
+    while content[at : at + 1] == b"\xff" and at + 4 <= len(content):
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
+        if marker == 0xDA:  # the first scan
+            return size
+        if marker == 0xE1 or not 0xC0 <= marker <= 0xFE or 0xD0 <= marker <= 0xD9 or length < 2:
+            return None
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame; the others are tables
+            frame = content[at + 4 : at + 10]
+            if size or marker > 0xC2 or len(frame) < 6 or frame[0] != 8 or frame[5] not in (1, 3):
+                return None
+            size = int.from_bytes(frame[3:5]), int.from_bytes(frame[1:3])
+            if not (size[0] and size[1]):
+                return None
+        at += 2 + length
+    return None
+
+
+@functools.cache
+def _simplejpeg() -> Callable[..., np.ndarray] | None:
+    """`simplejpeg.decode_jpeg`, where it is installed."""
+    try:
+        return importlib.import_module("simplejpeg").decode_jpeg
+    except ImportError:
+        return None
+
+
+# --- reading, checked ------------------------------------------------------------------------------------------------
 
 
 def _read(data: bytes | str | Path, limits: Limits, name: str | None) -> tuple[bytes, str]:
@@ -255,11 +370,6 @@ def prepare(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
     left, top = (round((side - size) / 2) for side in (width, height))  # halves to even, as torchvision
     resized = Image.fromarray(image).resize((width, height), filter)
     return np.array(resized.crop((left, top, left + size, top + size)))
-
-
-def resampling(interpolation: Interpolation) -> Image.Resampling:
-    """Pillow's filter of that name (antialiased when it shrinks, `nearest` excepted)."""
-    return Image.Resampling[interpolation.upper()]
 
 
 def _not_too_long(image: np.ndarray) -> np.ndarray:

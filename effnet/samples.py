@@ -18,7 +18,7 @@ from typing import final
 
 import numpy as np
 
-from effnet.images import decode
+from effnet.images import Picture, decode, opened
 from effnet.value import UsageError, check_choice, check_range
 
 SPLITS = ("train", "val", "test")
@@ -32,11 +32,12 @@ class Pixels(ABC):
     """Pictures by row number. Compared by identity: `Source`s that share one can share a cache of decoded pictures."""
 
     @abstractmethod
-    def image(self, row: int, at_least: int | None = None) -> np.ndarray:
-        """uint8 (H, W, 3). `at_least`: a large JPEG may come smaller, both sides keeping this many pixels.
+    def image(self, row: int) -> np.ndarray:
+        """uint8 (H, W, 3). `ImageError`, naming the file, when it cannot be decoded."""
 
-        `ImageError`, naming the file, when it cannot be decoded.
-        """
+    @abstractmethod
+    def picture(self, row: int) -> Picture | np.ndarray:
+        """The same for training: only the header has been read, or the pixels where nothing needs decoding."""
 
     @abstractmethod
     def encoded(self, row: int) -> Path | bytes | None:
@@ -54,8 +55,11 @@ class FilePixels(Pixels):
 
     paths: tuple[Path, ...]
 
-    def image(self, row: int, at_least: int | None = None) -> np.ndarray:
-        return decode(self.paths[row], at_least=at_least)
+    def image(self, row: int) -> np.ndarray:
+        return decode(self.paths[row])
+
+    def picture(self, row: int) -> Picture:
+        return opened(self.paths[row])
 
     def encoded(self, row: int) -> Path:
         return self.paths[row]
@@ -75,8 +79,11 @@ class ArrayPixels(Pixels):
         if self.array.dtype != np.uint8 or self.array.ndim != 3:
             raise UsageError(f"raw pictures are {self.array.dtype} {self.array.shape}; uint8 (N, H, W) is needed.")
 
-    def image(self, row: int, at_least: int | None = None) -> np.ndarray:
+    def image(self, row: int) -> np.ndarray:
         return np.repeat(self.array[row][:, :, None], 3, axis=2)
+
+    def picture(self, row: int) -> np.ndarray:
+        return self.image(row)
 
     def encoded(self, row: int) -> None:
         return None

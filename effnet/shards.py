@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 
-from effnet.images import EXTENSIONS, ImageError, decode
+from effnet.images import EXTENSIONS, ImageError, Picture, decode, opened
 from effnet.samples import Pixels, Splits, class_list, labelled, split_named, splits_of
 from effnet.value import UsageError
 
@@ -59,9 +59,14 @@ class ShardPixels(Pixels):
     places: tuple[Place, ...]
     names: tuple[str, ...]
 
-    def image(self, row: int, at_least: int | None = None) -> np.ndarray:
-        place = self.places[row]
-        return decode(place.read(), at_least=at_least, name=f"{place.shard}, sample {self.names[row]}")
+    def image(self, row: int) -> np.ndarray:
+        return decode(self.places[row].read(), name=self._name(row))
+
+    def picture(self, row: int) -> Picture:
+        return opened(self.places[row].read(), name=self._name(row))
+
+    def _name(self, row: int) -> str:
+        return f"{self.places[row].shard}, sample {self.names[row]}"
 
     def encoded(self, row: int) -> bytes:
         return self.places[row].read()

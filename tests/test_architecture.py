@@ -25,6 +25,7 @@ MATTER = [
     "weight_files",
     "dialects",
     "hub",
+    "pixels",
     "images",
     "zoo",
     "augment",

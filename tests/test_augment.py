@@ -14,7 +14,6 @@ from effnet.augment import (
     AUTO_REACH,
     OPERATIONS,
     RAND_REACH,
-    Policy,
     Reach,
     auto_augment,
     cutmix,
@@ -28,6 +27,7 @@ from effnet.augment import (
     view,
     warp,
 )
+from effnet.recipes import Policy
 from effnet.value import UsageError
 
 GEOMETRIC = ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout"]
