@@ -2,19 +2,19 @@
 
     python -m benchmarks.input_speed [--size 224] [--images 256] [--rounds 5] [--quality 90] [--profile]
 
-The path of `effnet.data`: read the file, decode, random-resized-crop (8-100 % of the area) to --size, flip; and the same
-with RandAugment(2, 9). Each with what is installed (`effnet`), with Pillow instead of simplejpeg, and without a
-compiler; beside them timm and torchvision where they can be imported (benchmarks/peers/README.md), their own pipelines
-for training with Pillow, uint8 out. Normalisation is left out for all: effnet does it on the batch (`images.normalise`).
+The path of `effnet.data`: read the file, decode, random-resized-crop (8-100 % of the area) to --size, flip; and the
+same with RandAugment(2, 9). Each with what is installed (`effnet`), with Pillow instead of simplejpeg, and without a
+compiler too; beside them timm and torchvision where they can be imported (benchmarks/peers/README.md): their own
+training pipelines with Pillow, uint8 out. Normalisation is left out for all: effnet does it on the batch.
 
-Images: --images JPEGs of 500 x 375, quality 90 with 4:2:0 chroma, made in a temporary folder from the photographs inside
+Images: --images JPEGs of 500 x 375, quality 90, 4:2:0, made in a temporary folder from the photographs that come with
 scikit-image and scikit-learn: a random crop of 60-100 % of the largest 4:3 part, resized with Pillow's bicubic filter.
 The table states their mean size; ImageNet's are larger (about 110 KB), so real decoding is dearer.
 
 Counted is the CPU time of this process on one thread (`time.process_time`), so that other programs disturb it less;
 they still share caches and clock, so numbers worth quoting come from a quiet machine. Variants are interleaved in each
-round, back and forth; a rate is the median of the rounds. Files are in the page cache. --profile shows where the time of
-the first variant goes. The last line of stdout is one JSON document.
+round, back and forth; a rate is the median of the rounds. Files are in the page cache. --profile shows where the time
+of the first variant goes. The last line of stdout is one JSON document.
 """
 
 import argparse

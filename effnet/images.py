@@ -109,7 +109,8 @@ def decode(
     """A JPEG, PNG, WebP, BMP, TIFF or the first frame of a GIF as uint8 (H, W, 3) RGB, upright by its EXIF orientation.
 
     Transparency is composited on white; 16-bit grey is scaled to 8 bits; CMYK is converted by (255 - C)(255 - K) / 255.
-    `shrink` 2, 4 or 8: a JPEG's pixels at 1/2, 1/4 or 1/8, sides rounded up (faster); other formats stay as they are.
+    `shrink` 2, 4 or 8: a JPEG at 1/2, 1/4 or 1/8, sides rounded up (faster), where its sides have that many pixels;
+    other formats stay as they are.
     `name` replaces the path in errors. `ImageError` when the file is missing, above `limits` (checked before decoding),
     of another format, truncated or broken.
     """
@@ -172,7 +173,10 @@ class Picture(Protocol):
     def shrinks(self) -> bool: ...
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 (ceil(height / shrink), ceil(width / shrink), 3). `ImageError` when it cannot be decoded."""
+        """uint8 (ceil(height / shrink), ceil(width / shrink), 3); `shrink` at most the shorter side.
+
+        `ImageError` when it cannot be decoded.
+        """
         ...
 
 
@@ -193,7 +197,7 @@ class Encoded:
     plain: bool
 
     def pixels(self, shrink: int = 1) -> np.ndarray:
-        """uint8 (ceil(height / shrink), ceil(width / shrink), 3). `ImageError` when it cannot be decoded."""
+        """As `Picture.pixels`."""
         simplejpeg = _simplejpeg() if self.plain else None
         if simplejpeg is not None:
             height, width = -(-self.height // shrink), -(-self.width // shrink)

@@ -15,7 +15,7 @@ from PIL import Image
 from effnet import data
 from effnet.augment import view
 from effnet.data import SKIP_FILES, Batch, Cache, batches, order, sample_rng, steps
-from effnet.images import ImageError, prepare
+from effnet.images import Encoded, ImageError, prepare
 from effnet.samples import ArrayPixels, FilePixels, Source, labelled
 from effnet.sources import open_data
 from effnet.spec import Preprocess
@@ -284,14 +284,26 @@ def test_a_batch_without_any_readable_picture_is_an_error(broken):
 
 def test_a_cache_changes_no_pixel_and_decodes_once(source, monkeypatch):
     decoded = []
-    original = FilePixels.image
-    monkeypatch.setattr(FilePixels, "image", lambda self, row, at=None: decoded.append(row) or original(self, row, at))
+    original = Encoded.pixels
+    monkeypatch.setattr(Encoded, "pixels", lambda self, shrink=1: decoded.append(self) or original(self, shrink))
     plain, cache = training(source), Cache()
     decoded.clear()
     assert same(plain, training(source, cache=cache)) and len(decoded) == 20
     assert same(plain, training(source, cache=cache)) and len(decoded) == 20
-    cache.fill(source, workers=2, at_least=data.decoded_px(16))
+    cache.fill(source, workers=2)
     assert len(decoded) == 23 == len(cache) and cache.used_bytes == 23 * 24 * 20 * 3
+
+
+def test_each_scale_of_a_jpeg_is_kept_by_itself_and_changes_no_pixel(tmp_path):
+    paths = [tmp_path / f"{number}.jpg" for number in range(6)]
+    for number, path in enumerate(paths):
+        Image.fromarray(picture(number, 150, 130)).save(path)
+    source = labelled("jpegs", FilePixels(paths=tuple(paths)), [path.name for path in paths], [0, 1] * 3, ("a", "b"))
+    cache = Cache()
+    for epoch in range(8):
+        assert same(training(source, epoch=epoch), training(source, epoch=epoch, cache=cache))
+    sizes = {-(-150 // shrink) * -(-130 // shrink) * 3 for shrink in (1, 2, 4, 8)}
+    assert {image.nbytes for image in cache._kept.values()} <= sizes and 6 < len(cache) <= 24
 
 
 def test_grey_pictures_take_a_third_and_come_back_as_rgb(tmp_path):
@@ -314,13 +326,13 @@ def test_a_cache_keeps_to_its_budget(source):
 
 
 def test_a_large_jpeg_is_decoded_smaller_for_training_only(tmp_path):
-    Image.fromarray(picture(0, 2400, 2100)).save(tmp_path / "large.jpg")
+    Image.fromarray(picture(0, 240, 210)).save(tmp_path / "large.jpg")
     source = labelled("large", FilePixels(paths=(tmp_path / "large.jpg",)), ["large"], [0], ("a", "b"))
     cache = Cache()
-    training(source, cache=cache, crop="none")
-    assert cache.used_bytes == 1200 * 1050 * 3
+    training(source, cache=cache, crop="none")  # to 16 px: an eighth would be 30 x 27
+    assert cache.used_bytes == 30 * 27 * 3
     evaluation(source, cache=cache)
-    assert cache.used_bytes == (1200 * 1050 + 2400 * 2100) * 3
+    assert cache.used_bytes == (30 * 27 + 240 * 210) * 3
 
 
 def test_elpv_trains_from_soft_targets_and_grey_pictures():
