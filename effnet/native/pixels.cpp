@@ -29,11 +29,14 @@ inline ivec widened(bvec v) {
   return __builtin_convertvector(__builtin_convertvector(v, hvec), ivec);  // g++ takes both steps at once one by one
 #endif
 }
-inline ivec clamped(ivec v) {
+inline bvec narrowed(ivec v) {  // clipped to 0..255
+#if defined(__AVX512F__)
+  return (bvec)_mm512_cvtusepi32_epi8(_mm512_max_epi32((__m512i)v, _mm512_setzero_si512()));
+#else
   v = v < 0 ? ivec{} : v;
-  return v > 255 ? ivec{} + 255 : v;
+  return __builtin_convertvector(v > 255 ? ivec{} + 255 : v, bvec);
+#endif
 }
-inline bvec narrowed(ivec v) { return __builtin_convertvector(clamped(v), bvec); }
 
 // --- resampling: two passes of fixed-point weighted sums, as Pillow's ------------------------------------------------
 
@@ -111,18 +114,28 @@ void to_columns(const u8* const (&rows)[L], int length, u8* out) {
   }
 }
 
+struct Bytes {  // scratch memory that one thread keeps from picture to picture, so that it is not cleared anew each time
+  std::vector<u8> memory;
+  u8* room(size_t count) {
+    if (memory.size() < count) memory.resize(count);
+    return memory.data();
+  }
+};
+
 int resize(const u8* in, long stride, int width, int height, const float* box, u8* out, int size, int cubic, int flip) {
   const Weights across(width, box[0], box[2], size, cubic), down(height, box[1], box[3], size, cubic);
   const int top = down.first[0], bottom = down.first[size - 1] + down.count[size - 1];
   const int length = size * 3, padded = (length + 63) / 64 * 64;
-  std::vector<u8> rows((size_t)(bottom - top + L) * padded);      // after the first pass
-  std::vector<u8> band((size_t)(width * 3 + L) * L), done((size_t)(padded + L) * L);
+  static thread_local Bytes kept_rows, kept_band, kept_done;
+  u8* const rows = kept_rows.room((size_t)(bottom - top + L) * padded);  // after the first pass
+  u8* const band = kept_band.room((size_t)(width * 3 + L) * L);
+  u8* const done = kept_done.room((size_t)(padded + L) * L);
   for (int y = top; y < bottom; y += L) {
     const u8* sources[L];
     for (int r = 0; r < L; ++r) sources[r] = in + (y + r < bottom ? y + r : bottom - 1) * stride;
     const int from = across.first[0], to = across.first[size - 1] + across.count[size - 1];
     for (int r = 0; r < L; ++r) sources[r] += from * 3;
-    to_columns(sources, (to - from) * 3, band.data());
+    to_columns(sources, (to - from) * 3, band);
     for (int i = 0; i < size; ++i) {
       const int* w = &across.values[across.at[i]];
       const u8* column = &band[(size_t)(across.first[i] - from) * 3 * L];
@@ -205,9 +218,9 @@ struct Pixels {  // 16 of them, by channel
   ivec r, g, b;
   explicit Pixels(const u8* p) {
     const bvec x = bytes(p), y = bytes(p + L), z = bytes(p + 2 * L);
-    const bvec r0 = __builtin_shufflevector(x, y, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0);
-    const bvec g0 = __builtin_shufflevector(x, y, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
-    const bvec b0 = __builtin_shufflevector(x, y, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0);
+    const bvec r0 = __builtin_shufflevector(x, y, 0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, -1, -1, -1, -1, -1);
+    const bvec g0 = __builtin_shufflevector(x, y, 1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, -1, -1, -1, -1, -1);
+    const bvec b0 = __builtin_shufflevector(x, y, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, -1, -1, -1, -1, -1, -1);
     r = widened(__builtin_shufflevector(r0, z, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29));
     g = widened(__builtin_shufflevector(g0, z, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30));
     b = widened(__builtin_shufflevector(b0, z, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31));
@@ -246,9 +259,9 @@ void fade(const u8* in, u8* out, long pixels, float factor) {  // grey blended w
     const ivec grey = p.luma();
     const bvec r = narrowed(blended(grey, p.r, factor)), g = narrowed(blended(grey, p.g, factor)),
                b = narrowed(blended(grey, p.b, factor));
-    const bvec rg0 = __builtin_shufflevector(r, g, 0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5);
-    const bvec rg1 = __builtin_shufflevector(r, g, 21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26);
-    const bvec rg2 = __builtin_shufflevector(r, g, 0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0);
+    const bvec rg0 = __builtin_shufflevector(r, g, 0, 16, -1, 1, 17, -1, 2, 18, -1, 3, 19, -1, 4, 20, -1, 5);
+    const bvec rg1 = __builtin_shufflevector(r, g, 21, -1, 6, 22, -1, 7, 23, -1, 8, 24, -1, 9, 25, -1, 10, 26);
+    const bvec rg2 = __builtin_shufflevector(r, g, -1, 11, 27, -1, 12, 28, -1, 13, 29, -1, 14, 30, -1, 15, 31, -1);
     bvec* to = (bvec*)(out + i * 3);
     to[0] = __builtin_shufflevector(rg0, b, 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15);
     to[1] = __builtin_shufflevector(rg1, b, 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15);
