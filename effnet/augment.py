@@ -9,7 +9,8 @@ RandAugment (Cubuk et al. 2020) and AutoAugment v0 (Cubuk et al. 2019) as in the
 et al. 2018) and cutmix (Yun et al. 2019) as in the official V2 datasets.py; random erasing (Zhong et al. 2020).
 Departures: crops are resized with antialias; crops of 8-10 %, which V1's code draws and rejects, are kept; Contrast
 blends with the mean grey (the official line counts the pixels instead: 196 for any picture of 224 px); in `view`,
-shifts and cut-outs shrink below 224 px (`Reach.at`).
+shifts and cut-outs shrink below 224 px (`Reach.at`), and a JPEG is decoded at 1/2, 1/4 or 1/8 where both sides of what
+is shown then still have the view's size.
 """
 
 import math
@@ -55,9 +56,11 @@ def view(
     check_range("size_px", size_px, 1)
     check_range("magnitude", magnitude, 0)
     if crop == "dihedral":
+        whole, shrink = _shrunk(image, size_px, *_sides(image))
         pixels = warp(
-            _shrunk(image, size_px, *_sides(image))[0],
+            whole,
             size_px,
+            extent=(_sides(image)[0] / shrink, _sides(image)[1] / shrink),
             turns=int(rng.integers(4)),
             flip=bool(rng.integers(2)),
             degrees=rng.uniform(-3, 3),
@@ -146,17 +149,19 @@ def warp(
     degrees: float = 0.0,
     zoom: float = 1.0,
     shift: tuple[float, float] | np.ndarray = (0.0, 0.0),
+    extent: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """The central square of `image` at (size_px, size_px): flipped left-right, then turned, in one bilinear resampling.
 
     `turns`: quarter turns counter-clockwise, as `np.rot90`. `degrees`: a turn before the flip, counter-clockwise too.
     `zoom` above 1 shows more than the square. `shift` (x, y): of the window over the source, in shares of the square.
     What lies outside the image is its mirror image. Sources of twice the size and more are averaged over whole pixels
-    first. At the square's own size, and without the other three, flips and turns are exact.
+    first. At the square's own size, and without the other three, flips and turns are exact. `extent`: width and height
+    of what `image` shows, where its last pixels are not full ones.
     """
-    height, width = image.shape[:2]
+    width, height = extent or (image.shape[1], image.shape[0])
     side = min(height, width)
-    reduction = max(1, side // size_px)
+    reduction = max(1, int(side / size_px))
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     quarter = np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), turns % 4)  # view to source: (x, y) -> (-y, x)
     mirror = np.diag([-1 if flip else 1, 1])

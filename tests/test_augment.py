@@ -226,6 +226,51 @@ def test_grey_stays_grey_in_every_view(crop, source):
         assert (shown == shown[..., :1]).all()
 
 
+class Recorded:
+    """A picture whose pixels at 1 / shrink are exact averages, and which remembers what was asked for."""
+
+    def __init__(self, image: np.ndarray, shrinks: bool = True) -> None:
+        self.image, self.shrinks, self.asked = image, shrinks, list[int]()
+        self.height, self.width = image.shape[:2]
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        self.asked.append(shrink)
+        height, width = -(-self.height // shrink), -(-self.width // shrink)
+        padded = np.pad(self.image, ((0, -self.height % shrink), (0, -self.width % shrink), (0, 0)), mode="edge")
+        return padded.reshape(height, shrink, width, shrink, 3).mean(axis=(1, 3)).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize(("height", "width"), [(70, 90), (149, 131), (300, 220), (431, 600)])
+def test_a_picture_decoded_smaller_gives_the_view_of_the_whole_one(crop, height, width):
+    image, used = smooth(height, width), set()
+    for seed in range(25):
+        picture = Recorded(image)
+        shown = view(picture, 32, crop=crop, rng=rng(seed)).astype(int)
+        whole = view(image, 32, crop=crop, rng=rng(seed)).astype(int)
+        assert np.abs(shown - whole).max() <= 3  # half a level for each rounding, and the filters' widths at the border
+        assert len(picture.asked) == 1 and min(height, width) >= 32 * picture.asked[0]
+        used.update(picture.asked)
+    assert max(used) > 1 or crop == "inception"  # few crops are large enough
+
+
+def test_the_scale_is_the_smallest_at_which_both_sides_of_what_is_shown_still_have_the_views_size():
+    for sides, shrink in (
+        ((63, 500), 1),
+        ((64, 64), 2),
+        ((127, 500), 2),
+        ((128, 129), 4),
+        ((256, 256), 8),
+        ((999, 999), 8),
+    ):
+        picture = Recorded(smooth(*sides))
+        view(picture, 32, crop="none", rng=rng())
+        assert picture.asked == [shrink]
+    fixed = Recorded(smooth(999, 999), shrinks=False)
+    view(fixed, 32, crop="none", rng=rng())
+    assert fixed.asked == [1]
+
+
 @pytest.mark.parametrize(("argument", "value"), [("crop", "inceptoin"), ("size_px", 0), ("magnitude", -1)])
 def test_a_wrong_argument_is_named(argument, value):
     arguments: dict[str, Any] = {"size_px": 8, "crop": "none", "magnitude": 0.0, "rng": rng()} | {argument: value}
