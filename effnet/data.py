@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effnet import native
 from effnet.augment import view
 from effnet.images import ImageError, Picture, prepare
 from effnet.recipes import Crop, Policy
@@ -337,6 +338,7 @@ def batches(
         cache=Cache(0) if cache is None else cache,
     )
     if train:
+        native.picture_library()  # built once, before several workers would
         rows = list(order(len(source), seed=seed, epoch=epoch, batch=batch, world=world, rank=rank))
     else:
         rows = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)][rank::world]
