@@ -51,6 +51,7 @@ from effnet.cost import cost, stage_rows
 from effnet.display import answer
 from effnet.recipes import Recipe
 from effnet.scale_command import scale
+from effnet.serve_command import serve
 from effnet.value import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -541,3 +542,6 @@ def convert(
     document = {"file": file, "out": str(out), "dialect": dialect, "network": found.network.name}
     document["tensors"] = len(found.weights)
     answer(document, as_json, lambda: display.show_path(display.console(), out))
+
+
+app.command(epilog="Example: effnet serve efficientnet_lite0.in1k --port 8000 --workers 2")(serve)

@@ -339,6 +339,14 @@ def _headline(metrics: Mapping[str, Any]) -> str:
     return "weighted_accuracy" if "weighted_accuracy" in metrics else "accuracy"
 
 
+def show_served(out: Console, found: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Where a service listens, and how to ask it."""
+    out.print(f"{found['model']} at {found['url']}", style="bold", markup=False)
+    out.print(f"page: {found['url']}/   ask: curl -F image=@photo.jpg {found['url']}/predict", markup=False, soft_wrap=True)
+    workers = f"{options['workers']} workers, batches of up to {options['max_batch']} within {options['max_delay_ms']:g} ms"
+    out.print(f"{workers}; Ctrl-C drains", style="dim", markup=False)
+
+
 # --- progress -------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,14 @@ class ImageError(UsageError):
         return f"{self.name}: {self.reason}"
 
 
+class NotAnImage(ImageError):
+    """No image of a format that we open: its first bytes say so."""
+
+
+class TooManyPixels(ImageError):
+    """An image whose header states more pixels than the limit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What `decode` accepts: the size of the file, and width times height as its header states them."""
@@ -131,7 +139,7 @@ def _decoded(content: bytes, limits: Limits, name: str, shrink: int) -> np.ndarr
 
 def _check_pixels(width: int, height: int, limits: Limits, name: str) -> None:
     if width * height > limits.max_pixels:
-        raise ImageError(
+        raise TooManyPixels(
             name,
             f"{width} x {height} is {width * height / 1e6:.1f} megapixels; the limit is {limits.max_pixels / 1e6:.1f}",
         )
@@ -287,7 +295,7 @@ def _decoding(name: str) -> Generator[None]:
     except ImageError:
         raise
     except Image.DecompressionBombError:  # WebP and GIF, whose plugins refuse on their own from 179 megapixels
-        raise ImageError(name, "its header states more pixels than the decoder accepts") from None
+        raise TooManyPixels(name, "its header states more pixels than the decoder accepts") from None
     except Exception as error:  # the plugins raise whatever the broken bytes led to, not only OSError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(name, f"broken or truncated ({reason})") from None
@@ -298,7 +306,7 @@ def _open(content: bytes, name: str) -> ImageFile:
     for pattern, plugin in _FORMATS:
         if re.match(pattern.encode("latin-1"), content[:16], re.DOTALL):
             return plugin(io.BytesIO(content))
-    raise ImageError(name, "is empty" if not content else "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image")
+    raise NotAnImage(name, "is empty" if not content else "is not a JPEG, PNG, WebP, BMP, TIFF or GIF image")
 
 
 def _load(image: ImageFile) -> None:

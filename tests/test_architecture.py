@@ -46,8 +46,9 @@ MOTION = [
     "operators",
     "plots",
     "heat_map",
+    "serve",
 ]
-DOOR = ["arguments", "display", "scale_command", "cli", "__main__"]
+DOOR = ["arguments", "display", "scale_command", "serve_command", "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 
 
