@@ -342,9 +342,10 @@ def _headline(metrics: Mapping[str, Any]) -> str:
 def show_served(out: Console, found: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Where a service listens, and how to ask it."""
     out.print(f"{found['model']} at {found['url']}", style="bold", markup=False)
-    out.print(f"page: {found['url']}/   ask: curl -F image=@photo.jpg {found['url']}/predict", markup=False, soft_wrap=True)
-    workers = f"{options['workers']} workers, batches of up to {options['max_batch']} within {options['max_delay_ms']:g} ms"
-    out.print(f"{workers}; Ctrl-C drains", style="dim", markup=False)
+    out.print(f"page: {found['url']}/", markup=False)
+    out.print(f"ask:  curl -F image=@photo.jpg {found['url']}/predict", markup=False, soft_wrap=True)
+    batches = f"batches of up to {options['max_batch']} within {options['max_delay_ms']:g} ms"
+    out.print(f"{options['workers']} workers, {batches}; Ctrl-C drains", style="dim", markup=False)
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

@@ -8,10 +8,8 @@ import typer
 
 from effnet import display
 from effnet.arguments import AsJson, ModelName
-from effnet.serve import Options
+from effnet.serve import DEFAULT, Options
 from effnet.serve import serve as served
-
-DEFAULT = Options()
 
 
 def serve(

@@ -14,12 +14,14 @@ from typing import Any
 from effnet.serve.options import Options, Refusal
 from effnet.value import UsageError
 
-__all__ = ["Options", "Refusal", "serve"]
+__all__ = ["DEFAULT", "Options", "Refusal", "serve"]
+
+DEFAULT = Options()
 
 
 def serve(
     model: str,
-    options: Options = Options(),
+    options: Options = DEFAULT,
     *,
     ready: Callable[[dict[str, Any]], None] = lambda found: None,
     say: Callable[[str], None] = lambda message: None,

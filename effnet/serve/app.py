@@ -1,10 +1,10 @@
 """What does the service answer to which request? The routes, their documents, and every error as JSON that helps.
 
-    POST /predict    images in, the most probable classes out; `?top_k=`, `?cam=true`, `?target=LABEL`
-    GET  /           the page
-    GET  /model      what is served, and the limits
-    GET  /healthz    this process lives       GET /readyz    a worker takes images, and nothing is shutting down
-    GET  /metrics    for Prometheus           GET /openapi.json
+POST /predict    images in, the most probable classes out; `?top_k=`, `?cam=true`, `?target=LABEL`
+GET  /           the page
+GET  /model      what is served, and the limits
+GET  /healthz    this process lives       GET /readyz    a worker takes images, and nothing is shutting down
+GET  /metrics    for Prometheus           GET /openapi.json
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Class(BaseModel):
 
 
 class Cam(BaseModel):
-    """The evidence for a class. `png`: base64, in the image's proportions, to be laid over it; transparent elsewhere."""
+    """The evidence for a class. `png`: base64, in the image's proportions, to be laid over it."""
 
     label: str
     method: str
@@ -192,7 +192,7 @@ def create_app(pool: Pool, options: Options) -> Gate:
         return JSONResponse(document | {"latency_ms": {"total": 1e3 * (time.perf_counter() - start), **latency}})
 
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    gate = Gate(app=app, options=options, metrics=pool.metrics, paths=paths)
+    gate = Gate(app=app, options=options, metrics=pool.metrics, paths=paths)  # `readyz` reads it
     return gate
 
 

@@ -1,6 +1,7 @@
 """What can be watched while the service runs? Counters, gauges and histograms in the words of Prometheus."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -15,14 +16,16 @@ class Metrics:
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:
-        kept = {"registry": self.registry}
+        kept: dict[str, Any] = {"registry": self.registry}
         ProcessCollector(**kept)
         self.requests = Counter("effnet_requests", "Answered requests.", ["path", "status"], **kept)
         self.seconds = Histogram(
             "effnet_predict_seconds", "From the head of a /predict request to its answer.", buckets=SECONDS, **kept
         )
         self.images = Counter("effnet_images", "Images by outcome: ok, or the code of the error.", ["outcome"], **kept)
-        self.batch = Histogram("effnet_batch_images", "Images that went through the model together.", buckets=BATCHES, **kept)
+        self.batch = Histogram(
+            "effnet_batch_images", "Images that went through the model together.", buckets=BATCHES, **kept
+        )
         self.model_seconds = Counter("effnet_model_seconds", "Time that the workers' models took.", **kept)
         self.waiting = Gauge("effnet_waiting_images", "Images that no worker has yet.", **kept)
         self.body_bytes = Gauge("effnet_waiting_bytes", "Bytes of request bodies that are held.", **kept)
