@@ -16,7 +16,7 @@ from effnet.serve.metrics import Metrics
 from effnet.serve.options import Options, Refusal
 
 WATCHING = ("/healthz", "/readyz", "/metrics")  # answered while draining, too
-DISCARD_S = 5.0
+DISCARD_S = 2.0
 DISCARD_BODIES = 4  # times the limit of one body
 
 

@@ -6,7 +6,7 @@ that accept connections themselves, by SO_REUSEPORT or a shared socket, take the
 
 An image that was with a worker when it ended may be the reason. It is tried again alone, and when `MOST_TRIES`
 workers have ended with it, it is answered with an error, so that one poisonous file cannot stop the service. A worker
-that has not answered an image within the time limit of a request hangs, and is killed.
+that holds images and answers none of them for the time limit of a request hangs, and is killed.
 
 Everything here happens on one event loop: there are no locks.
 """
@@ -27,7 +27,8 @@ from effnet.value import UsageError
 
 MOST_TRIES = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # before a worker is started again that never became ready
-FAREWELL_S = 5.0  # for workers to end by themselves
+FAREWELL_S = 5.0  # for workers to end by themselves, when they are told to
+DEAF_S = 0.5  # for a process to end that has closed its pipe, or talks nonsense
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,16 +40,19 @@ class Job:
     ask: Mapping[str, Any]
     answer: "asyncio.Future[Frame]"
     tries: int = 0
-    sent_at: float = 0.0
 
 
 @dataclass(kw_only=True, eq=False)
 class Member:
-    """A place in the pool: the process that fills it now, and the jobs that it holds."""
+    """A place in the pool: the process that fills it now, and the jobs that it holds.
+
+    `heard_at`: when it last answered, or was given the first job since.
+    """
 
     process: asyncio.subprocess.Process | None = None
     ready: bool = False
     held: dict[int, Job] = field(default_factory=dict)
+    heard_at: float = 0.0
 
     @property
     def alone(self) -> bool:
@@ -110,14 +114,20 @@ class Pool:
                 member.process.stdin.close()  # the end of its jobs
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FAREWELL_S):
-                await asyncio.gather(*(member.process.wait() for member in self.members if member.process))
+                await self._all_ended()
         for member in self.members:
             _kill(member)
+        await self._all_ended()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for member in self.members:
+            _kill(member)  # one that was being started meanwhile
         for job in [*self.waiting, *(job for member in self.members for job in member.held.values())]:
-            _fail(job, Refusal(503, "stopping", "the service stops; ask another one"))
+            _answer(job, {"error": Refusal(503, "stopping", "the service stops; ask another one").document()})
+
+    async def _all_ended(self) -> None:
+        await asyncio.gather(*(member.process.wait() for member in self.members if member.process))
 
     async def _keep(self, member: Member, up: "asyncio.Future[None]") -> None:
         """Runs one process after another in this place. `up`: the first of them has the model, or cannot have it."""
@@ -129,12 +139,16 @@ class Pool:
                 member.process = process = await asyncio.create_subprocess_exec(*self.command, stdin=pipe, stdout=pipe)
                 assert process.stdout is not None
                 said, _ = await receive(process.stdout) or ({}, b"")
-                if said == (self.hello or said) and "model" in said:
+                if "model" in said and said == (self.hello or said):
                     self.hello, pause = said, FIRST_PAUSE_S
                     if not up.done():
                         up.set_result(None)
                     await self._listen(member, process.stdout)
-                why = said.get("refused") or f"a worker ended with code {await _ended(process)}"
+                elif "model" in said:
+                    _kill(member)
+                    said = {"refused": "there is another model now, which needs a service of its own"}
+                code = await _ended(process)
+                why = said.get("refused") or f"a worker ended with code {code}"
             except OSError as error:  # no process to be had: too many, or no memory
                 why = f"no worker could be started ({error.strerror})"
             if self._closing:
@@ -156,9 +170,9 @@ class Pool:
             job = member.held.pop(got[0].get("id"), None)
             if job is None:
                 break  # it talks nonsense, and is replaced
+            member.heard_at = asyncio.get_running_loop().time()
             self._count(got[0])
-            if not job.answer.done():
-                job.answer.set_result(got)
+            _answer(job, *got)
             self._dispatch()
         member.ready = False
 
@@ -173,12 +187,15 @@ class Pool:
         held, member.held = [*member.held.values()], {}
         for job in reversed(held):
             job.tries += 1
+            if job.answer.done():
+                continue
             if job.tries < MOST_TRIES:
                 self.waiting.appendleft(job)
             else:
                 words = f"{job.tries} workers ended while they had this image; it was given up"
-                self.metrics.images.labels(outcome="worker_lost").inc()
-                _fail(job, Refusal(500, "worker_lost", words))
+                answer = {"error": Refusal(500, "worker_lost", words).document()}
+                self._count(answer)
+                _answer(job, answer)
         self._dispatch()
 
     async def _watch(self) -> None:
@@ -187,9 +204,8 @@ class Pool:
         while True:
             await asyncio.sleep(min(1.0, self.options.timeout_s / 4))
             for member in self.members:
-                oldest = min((job.sent_at for job in member.held.values()), default=loop.time())
-                if member.ready and loop.time() - oldest > self.options.timeout_s:
-                    self.say(f"a worker had no answer for {self.options.timeout_s:g} s and is killed")
+                if member.ready and member.held and loop.time() - member.heard_at > self.options.timeout_s:
+                    self.say(f"a worker has had no answer for {self.options.timeout_s:g} s and is killed")
                     _kill(member)
 
     # --- its work ---------------------------------------------------------------------------------------------------
@@ -217,25 +233,24 @@ class Pool:
             words = f"no answer within {self.options.timeout_s:g} s: the service is overloaded; ask again later"
             raise Refusal(503, "timeout", words, retry_after_s=5) from None
         finally:
-            for job in jobs:  # nobody waits for these any more
-                if not job.answer.cancel() and not job.answer.cancelled():
-                    job.answer.exception()  # seen, so that the loop does not complain
+            for job in jobs:
+                job.answer.cancel()  # nobody waits for it any more
+            if any(job.answer.cancelled() for job in jobs):
+                self.waiting = deque(job for job in self.waiting if not job.answer.done())
 
     def _dispatch(self) -> None:
         """Hands waiting images, the oldest first, to the worker that holds the fewest."""
         while self.waiting:
             job = self.waiting[0]
-            if job.answer.done():
-                self.waiting.popleft()
-                continue
             able = [one for one in self.members if one.ready and not one.alone and len(one.held) < self._room(job)]
             if not able:
                 return
             member = min(able, key=lambda one: len(one.held))
             assert member.process is not None and member.process.stdin is not None
             self.waiting.popleft()
+            if not member.held:
+                member.heard_at = asyncio.get_running_loop().time()
             member.held[job.number] = job
-            job.sent_at = asyncio.get_running_loop().time()
             member.process.stdin.write(frame({"id": job.number, **job.ask}, job.data))
 
     def _room(self, job: Job) -> int:
@@ -248,9 +263,9 @@ def _full(queue: int) -> Refusal:
     return Refusal(429, "queue_full", words, retry_after_s=1)
 
 
-def _fail(job: Job, why: Refusal) -> None:
+def _answer(job: Job, header: dict[str, Any], body: bytes = b"") -> None:
     if not job.answer.done():
-        job.answer.set_exception(why)
+        job.answer.set_result((header, body))
 
 
 def _kill(member: Member) -> None:
@@ -260,9 +275,9 @@ def _kill(member: Member) -> None:
 
 
 async def _ended(process: asyncio.subprocess.Process) -> int:
-    """The exit code of a process that closed its pipe; one that lives on is killed."""
+    """The exit code of a process that cannot be talked to any more; one that lives on is killed."""
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(FAREWELL_S):
+        async with asyncio.timeout(DEAF_S):
             return await process.wait()
     process.kill()
     return await process.wait()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 LENGTHS = struct.Struct("!II")  # of the JSON object and of the bytes behind it
+MOST_BYTES = 2**28  # of an answer; more is no answer
 
 Frame = tuple[dict[str, Any], bytes]
 
@@ -38,6 +39,8 @@ async def receive(reader: asyncio.StreamReader) -> Frame | None:
     """The next frame of a stream, or None at its end and for what is no frame."""
     try:
         header, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
+        if header + body > MOST_BYTES:
+            return None
         return json.loads(await reader.readexactly(header)), await reader.readexactly(body)
     except (asyncio.IncompleteReadError, ConnectionError, ValueError):
         return None

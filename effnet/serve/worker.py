@@ -10,6 +10,7 @@ Only here are the bytes of strangers looked into: a decoder that crashes takes t
 (`pool`) starts another one. An exception in the model does the same, on purpose: it is not known what state it left.
 """
 
+import importlib
 import io
 import os
 import queue
@@ -200,8 +201,8 @@ def opened(where: str, options: Options) -> "tuple[Engine, Model | None]":
         engine(np.zeros((count, size, size, 3), dtype=np.uint8))
     if not isinstance(engine, TorchEngine):
         return engine, None
-    import effnet.explain  # noqa: F401  (now, not at the first request for a map)
-
+    # takes half a second, for which nobody should wait: not the first image, and not the first map
+    threading.Thread(target=importlib.import_module, args=("effnet.explain",), daemon=True).start()
     return engine, engine.model
 
 
