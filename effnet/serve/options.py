@@ -50,7 +50,8 @@ class Options(Value):
     @property
     def worker_threads(self) -> int:
         """Threads of one worker's model."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, cores // self.workers)
 
     @property
     def depth(self) -> int:
