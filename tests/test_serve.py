@@ -385,7 +385,7 @@ def test_on_sigterm_accepted_requests_are_answered_and_new_ones_refused(tmp_path
         assert server.process.wait(PATIENCE_S) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url)
-    assert "draining: 1 requests" in (tmp_path / "log").read_text()
+    assert "draining; requests still to be answered: 1" in (tmp_path / "log").read_text()
 
 
 def test_a_model_that_is_none_and_a_port_that_is_taken_are_refused_in_one_line() -> None:

@@ -241,6 +241,10 @@ def _answer_errors(app: FastAPI) -> None:
         words = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors())
         return _failure(Refusal(422, "invalid_parameter", words))
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # the traceback is in the log
+        return _failure(Refusal(500, "internal", "the service failed on this request; its log says how"))
+
     @app.exception_handler(HTTPException)
     async def not_served(request: Request, error: HTTPException) -> Response:
         words = {

@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         self.gate.draining = True
-        self.say(f"draining: {self.gate.under_way} requests are still to be answered")
+        self.say(f"draining; requests still to be answered: {self.gate.under_way}")
         await self.gate.idle.wait()
         self.should_exit = True
 

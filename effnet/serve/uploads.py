@@ -128,6 +128,8 @@ async def _form(request: Request, options: Options, account: Account) -> list[Up
             raise Refusal(422, "too_many_images", words) from None
         raise Refusal(422, "broken_form", f"the form cannot be read ({error.message}); {HOW}") from None
     files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    if not files:
+    uploads = [Upload(name=file.filename, data=await file.read()) for file in files]
+    await form.close()
+    if not uploads:
         raise Refusal(422, "no_image", f"the form has no file; {HOW}")
-    return [Upload(name=file.filename, data=await file.read()) for file in files]
+    return uploads
