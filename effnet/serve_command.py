@@ -25,7 +25,9 @@ def serve(
     queue: Annotated[int, typer.Option(help="Images that may wait for a worker; then 429.")] = DEFAULT.queue,
     max_mb: Annotated[float, typer.Option(help="Of one request.")] = DEFAULT.max_body_bytes / 1e6,
     max_megapixels: Annotated[float, typer.Option(help="Of one image.")] = DEFAULT.max_pixels / 1e6,
-    max_images: Annotated[int, typer.Option(help="In one request.")] = DEFAULT.max_images,
+    max_images: Annotated[
+        int | None, typer.Option(help="In one request. Default: 64, or what the queue holds.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer.")] = DEFAULT.timeout_s,
     as_json: AsJson = False,
 ) -> None:
@@ -37,7 +39,7 @@ def serve(
     options = Options(
         host=host, port=port, workers=workers, threads=threads, max_batch=max_batch, max_delay_ms=max_delay_ms,
         queue=queue, max_body_bytes=round(1e6 * max_mb), max_pixels=round(1e6 * max_megapixels),
-        max_images=min(max_images, queue), timeout_s=timeout,
+        max_images=min(DEFAULT.max_images, queue) if max_images is None else max_images, timeout_s=timeout,
     )  # fmt: skip
 
     def ready(found: dict[str, Any]) -> None:

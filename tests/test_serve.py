@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -32,8 +33,9 @@ from effnet.explain import explain, heat, upsampled
 from effnet.images import decode
 from effnet.network import Model
 from effnet.serve import Options, wire
-from effnet.serve.worker import Worker, hello, picture
+from effnet.serve.worker import Worker, hello, opened, picture
 from effnet.spec import Preprocess
+from effnet.value import UsageError
 from tests.conftest import need
 from tests.conftest import picture as random_picture
 from tests.test_cli import refused
@@ -386,6 +388,26 @@ def test_on_sigterm_accepted_requests_are_answered_and_new_ones_refused(tmp_path
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url)
     assert "draining; requests still to be answered: 1" in (tmp_path / "log").read_text()
+
+
+def test_a_network_without_trained_weights_is_refused() -> None:
+    with pytest.raises(UsageError, match="efficientnet_b0 is a network without trained weights"):
+        opened("efficientnet_b0", Options(threads=torch.get_num_threads()))
+
+
+def test_an_export_is_explained_by_the_checkpoint_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Exported:
+        name, labels, preprocess = "exported", LABELS, small_model().preprocess
+
+        def __call__(self, views: np.ndarray) -> np.ndarray:
+            return np.full((len(views), 5), 0.2, dtype=np.float32)
+
+    file = saved(tmp_path / "best.safetensors")
+    monkeypatch.setattr("effnet.engine.open_engine", lambda where: Exported())
+    same = Options(threads=torch.get_num_threads())
+    engine, model = opened(str(tmp_path), same)
+    assert model is not None and model.labels == LABELS and engine.name == "exported"
+    assert opened(str(file), same)[1] is None
 
 
 def test_a_model_that_is_none_and_a_port_that_is_taken_are_refused_in_one_line() -> None:

@@ -201,8 +201,10 @@ def test_a_server_that_goes_away_is_said_and_the_image_is_tried_again(browser: B
     with serving(model, "--workers", 1, stderr=tmp_path / "log") as server:
         page.goto(server.url)
         expect(page.get_by_role("status").filter(has_text="ready")).to_be_visible()
+        workers = server.workers
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
+        server.until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # nobody is left behind
     choose(page, tmp_path / "kept.png", png())
     expect(page.get_by_role("alert")).to_contain_text("The server does not answer. Your image is kept")
     expect(page.get_by_role("status").filter(has_text="no answer from the server")).to_be_visible()

@@ -154,7 +154,8 @@ def create_app(pool: Pool, options: Options) -> Gate:
     async def model() -> dict[str, Any]:
         """What is served, and the limits of a request."""
         limits = ("max_body_bytes", "max_pixels", "max_images", "timeout_s", "queue", "max_batch", "max_delay_ms")
-        return {**pool.hello, "limits": {name: getattr(options, name) for name in limits}}
+        shown = {name: value for name, value in pool.hello.items() if name != "probe"}
+        return {**shown, "limits": {name: getattr(options, name) for name in limits}}
 
     @app.post(
         "/predict",

@@ -14,6 +14,7 @@ Everything here happens on one event loop: there are no locks.
 import asyncio
 import contextlib
 import itertools
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -139,8 +140,8 @@ class Pool:
                 member.process = process = await asyncio.create_subprocess_exec(*self.command, stdin=pipe, stdout=pipe)
                 assert process.stdout is not None
                 said, _ = await receive(process.stdout) or ({}, b"")
-                if "model" in said and said == (self.hello or said):
-                    self.hello, pause = said, FIRST_PAUSE_S
+                if "model" in said and _same(said, self.hello or said):
+                    self.hello, pause = self.hello or said, FIRST_PAUSE_S
                     if not up.done():
                         up.set_result(None)
                     await self._listen(member, process.stdout)
@@ -261,6 +262,13 @@ class Pool:
 def _full(queue: int) -> Refusal:
     words = f"the queue is full ({queue} images wait); ask again in a moment"
     return Refusal(429, "queue_full", words, retry_after_s=1)
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two workers have the same model: they call it so, and it answers so, but for the order of its sums."""
+    probes = zip(one.get("probe", ()), other.get("probe", ()), strict=True)
+    alike = all(math.isclose(mine, yours, rel_tol=1e-3, abs_tol=1e-6) for mine, yours in probes)
+    return alike and {**one, "probe": None} == {**other, "probe": None}
 
 
 def _answer(job: Job, header: dict[str, Any], body: bytes = b"") -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -159,12 +160,16 @@ def picture(values: np.ndarray, height: int, width: int, engine: "Engine") -> by
 
 
 def hello(engine: "Engine", model: "Model | None") -> dict[str, Any]:
-    """What the front tells people about the model."""
+    """What the front tells people about the model. `probe`: by its answer to one image, models can be told apart."""
+    size = engine.preprocess.size
+    slope = np.linspace(0, 255, size).astype(np.uint8)
+    view = np.stack(np.broadcast_arrays(slope[:, None], slope[None, :], slope[::-1, None]), axis=-1)
     return {
         "model": engine.name,
         "labels": list(engine.labels),
         "preprocess": engine.preprocess.to_dict(),
         "cam": model is not None,
+        "probe": engine(view[None])[0, :16].tolist(),
     }
 
 
@@ -189,21 +194,28 @@ def main() -> None:
 
 
 def opened(where: str, options: Options) -> "tuple[Engine, Model | None]":
-    """The engine, warmed up, and the model that can explain it, if there is one."""
+    """The engine, warmed up, and the model that can explain it: its own or, for an export, that of its run folder.
+
+    `UsageError` for a network without trained weights: every worker would draw its own.
+    """
     import torch
 
     from effnet.engine import TorchEngine, open_engine
+    from effnet.zoo import find, load_model
 
     torch.set_num_threads(options.worker_threads)
+    path = Path(where)
+    if (path.suffix == ".json" or not path.exists()) and not find(where).tensors:
+        raise UsageError(f"{where} is a network without trained weights: name some, as efficientnet_lite0.in1k")
     engine = open_engine(where)
     size = engine.preprocess.size
     for count in {1, options.max_batch}:
         engine(np.zeros((count, size, size, 3), dtype=np.uint8))
-    if not isinstance(engine, TorchEngine):
-        return engine, None
-    # takes half a second, for which nobody should wait: not the first image, and not the first map
-    threading.Thread(target=importlib.import_module, args=("effnet.explain",), daemon=True).start()
-    return engine, engine.model
+    model = engine.model if isinstance(engine, TorchEngine) else load_model(where) if path.is_dir() else None
+    if model is not None:
+        # takes half a second, for which nobody should wait: not the first image, and not the first map
+        threading.Thread(target=importlib.import_module, args=("effnet.explain",), daemon=True).start()
+    return engine, model
 
 
 if __name__ == "__main__":
