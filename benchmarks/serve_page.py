@@ -7,13 +7,11 @@ Needs Debian's chromium and playwright.
 
 import argparse
 import importlib.resources
-import io
 import json
 import shutil
 import subprocess
 import sys
 
-from PIL import Image
 from playwright.sync_api import sync_playwright
 
 
@@ -45,8 +43,7 @@ def photograph(url: str, photo: str, options: argparse.Namespace) -> None:
             page.get_by_text("in the model").wait_for()
         page.wait_for_timeout(600)  # the bars grow
         page.evaluate("document.activeElement.blur()")
-        taken = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-        taken.convert("RGB").quantize(256).save(options.out, optimize=True)
+        page.screenshot(path=options.out, full_page=True)
         browser.close()
 
 

@@ -266,6 +266,7 @@ def test_what_is_no_good_image_is_refused_and_costs_its_neighbours_nothing(
         ("top_k=many", "top_k"),
         ("topk=3", "Did you mean 'top_k'?"),
         ("target=mon", "Did you mean 'moon'?"),
+        ("target=moon", "add cam=true"),
         ("url=http://example.org/cat.jpg", "'url'"),
         ("path=/etc/passwd", "'path'"),
     ],

@@ -206,6 +206,8 @@ def _ask(request: Request, hello: Mapping[str, Any], top_k: int, cam: bool, targ
         if target is not None and target not in labels:
             shown = labels if len(labels) <= 20 else [*labels[:5], "..."]
             check_choice("target", target, shown)
+        if target is not None and not cam:
+            raise UsageError(f"target={target} is the class of a map: add cam=true")
     except UsageError as error:
         raise Refusal(422, "invalid_parameter", str(error)) from None
     if cam and not hello["cam"]:

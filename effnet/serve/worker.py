@@ -119,7 +119,7 @@ class Worker:
             answer |= {"decode_ms": one.decode_ms, "model_ms": model_ms, "batch": len(batch), "place": place}
             finished.append((one, answer))
         for one, answer in sorted(finished, key=lambda pair: pair[0].image is not None):  # maps last: they take time
-            self._send(answer, b"" if one.image is None else self._map(one.image, answer, one.job["target"]))
+            self.send(answer, b"" if one.image is None else self._map(one.image, answer, one.job["target"]))
 
     def _map(self, image: np.ndarray, answer: dict[str, Any], target: int | None) -> bytes:
         """The evidence for class `target` (the first of the answer, if None) as a PNG; fills in `cam`."""
@@ -131,9 +131,10 @@ class Worker:
         return picture(found.map, image.shape[0], image.shape[1], self.engine)
 
     def _refuse(self, job: Mapping[str, Any], status: int, code: str, message: str) -> None:
-        self._send({"id": job["id"], "error": {"status": status, "code": code, "message": message}})
+        self.send({"id": job["id"], "error": {"status": status, "code": code, "message": message}})
 
-    def _send(self, answer: Mapping[str, Any], body: bytes = b"") -> None:
+    def send(self, answer: Mapping[str, Any], body: bytes = b"") -> None:
+        """One frame, from any thread."""
         with self.writing:
             self.out.write(frame(answer, body))
             self.out.flush()
@@ -189,7 +190,7 @@ def main() -> None:
         out.flush()
         return
     worker = Worker(engine=engine, model=model, options=options, out=out)
-    worker._send(hello(engine, model))
+    worker.send(hello(engine, model))
     worker.run(jobs)
 
 
