@@ -7,7 +7,8 @@ are bootstrapped over rounds (95 %), because calls within a round are alike; a v
 result, and a result above `QUIET` says that it was taken on a busy machine.
 
 Models run as they would in service: inference mode, channels-last, random images (zeros are quicker), denormals
-flushed, batch-norm statistics from a few random batches (without them, random weights drift into denormals).
+flushed, batch-norm statistics from a few random batches (without them, random weights drift into denormals). Exported
+backends (`backends`) run what `effnet export` writes, from bytes to probabilities.
 
 Tables of measured operators for `latency.py` are stored and found here; `operators.py` measures them.
 """
@@ -16,6 +17,7 @@ import contextlib
 import math
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from effnet import native
+from effnet.backends import EXPORTED, Start, random_views, starts, written
+from effnet.engine import open_engine
 from effnet.latency import LatencyTable, Quantity
+from effnet.layers import fold_norms
 from effnet.native import cache_folder
 from effnet.network import Model, build
 from effnet.plan import environment
@@ -88,12 +93,16 @@ class Comparison(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Value):
-    """What `measure` found. `others`: the share of busy CPU time of other programs, None where the system hides it."""
+    """What `measure` found. `others`: the share of busy CPU time of other programs, None where the system hides it.
+
+    `starts`: how soon each is there and what memory it takes, where that was asked for.
+    """
 
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
     rounds: int
     others: float | None
+    starts: tuple[Start, ...] = ()
 
     @property
     def busy(self) -> bool:
@@ -308,29 +317,52 @@ def bench(
     fold: bool = False,
     rounds: int = 10,
     warmup: int = 3,
+    calls: int | None = None,
+    start: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda done, total: None,
 ) -> Measured:
     """Latency of `batch` random images through each network in each backend, interleaved; random weights.
 
-    `size`: in px, default each network's own. `fold`: batch norms are folded into the convolutions first.
-    Names are those of the networks, with the backend where there are several. `UsageError` for what cannot be.
+    `size`: in px, default each network's own. `fold`: batch norms are folded into the convolutions first (exports
+    always are). `calls` per visit: as in `measure`. `start`: fresh processes are timed too, of every backend but
+    `compiled`. Names are those of the networks, with the backend where there are several. `UsageError` for what cannot
+    be.
     """
     check_range("batch", batch, 1)
     for backend in backends:
-        check_choice("backend", backend, BACKENDS)
+        check_choice("backend", backend, [*BACKENDS, *EXPORTED])
     works: dict[str, Run] = {}
-    with controlled(threads):
+    files: dict[str, Path] = {}
+    with controlled(threads), tempfile.TemporaryDirectory() as folder:
         for network in networks:
-            images = random_images(network, size or network.resolution, batch, precision)
-            model = ready(network, precision=precision, fold=fold)
             for backend in backends:
                 name = f"{network.name} ({backend})" if len(backends) > 1 else network.name
                 if name in works:
                     raise UsageError(f"{name} is named twice.")
-                works[name] = BACKENDS[backend](model, images)
+                if backend in EXPORTED or (start and backend == "eager"):
+                    files[name] = written(_at(network, size), backend, precision, Path(folder))
+                if backend in EXPORTED:
+                    works[name] = _exported(files[name], batch)
+                else:
+                    images = random_images(network, size or network.resolution, batch, precision)
+                    works[name] = BACKENDS[backend](ready(network, precision=precision, fold=fold), images)
         about = {"batch": batch, "size": size, "precision": precision, "folded": fold, "backends": list(backends)}
-        return measure(works, rounds=rounds, warmup=warmup, clock=clock, progress=progress, about=about)
+        found = measure(works, rounds=rounds, warmup=warmup, calls=calls, clock=clock, progress=progress, about=about)
+        return found.replace(starts=starts(files, batch=batch, threads=threads)) if start else found
+
+
+def _at(network: Network, size: int | None) -> Model:
+    """A model of `network` that is prepared for images of `size` px, as an export wants to know."""
+    size = size or network.resolution
+    return ready(network.replace(resolution=size, preprocess=network.preprocess.with_size(size)))
+
+
+def _exported(path: Path, batch: int) -> Run:
+    """The engine in a file, called with prepared images."""
+    engine = open_engine(path)
+    views = random_views(engine.preprocess.size, batch)
+    return lambda: engine(views)
 
 
 def random_images(network: Network, size: int, batch: int, precision: str) -> Tensor:
@@ -359,19 +391,6 @@ def ready(network: Network, *, precision: str = "float32", fold: bool = False, s
         if fold:
             fold_norms(model)
         return model.eval().to(DTYPES[precision], memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-
-
-def fold_norms(model: nn.Module) -> None:
-    """Multiplies every batch norm into the convolution before it, in place; the outputs stay the same."""
-    for module in model.modules():
-        conv, norm = getattr(module, "conv", None), getattr(module, "norm", None)
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            assert norm.running_mean is not None and norm.running_var is not None
-            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
-            conv.depthwise = False  # that path knows no bias
-            module.norm = nn.Identity()
 
 
 # --- tables of measured operators -----------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ from effnet.arguments import (
     ValFraction,
     Workers,
 )
+from effnet.bench_command import bench
 from effnet.cost import cost, stage_rows
 from effnet.display import answer
+from effnet.export_command import export
 from effnet.recipes import Recipe
 from effnet.scale_command import scale
 from effnet.serve_command import serve
@@ -433,55 +435,7 @@ def explain(
     answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
 
 
-@app.command(epilog="Example: effnet bench efficientnet_b0 mobilenet_v2 --size 224 --precision bfloat16")
-def bench(
-    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help=arguments.MODEL)] = None,
-    backend: Annotated[
-        list[str] | None, typer.Option(metavar="B", help="eager or compiled; may be given twice. Default: eager.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    size: Annotated[int | None, typer.Option(min=1, help="Input size in px. Default: each network's own.")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16: of weights and images.")] = "float32",
-    fold: Annotated[bool, typer.Option("--fold", help="Fold batch norms into the convolutions first.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Each visits every model twice, in order and in reverse.")] = 10,
-    table: Annotated[bool, typer.Option("--table", help="Measure and keep this machine's latency table.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Latency and throughput of models on this CPU, interleaved; every further one is compared with the first.
-
-    The weights are random: values do not change the time. With --table, the operators that networks are made of are
-    measured instead, once (2 to 4 minutes), so that the latency of any network can be predicted.
-    """
-    if table == bool(models):
-        raise UsageError("name models (MODEL...), or measure the table of this machine (--table): one of them.")
-    if table:
-        _bench_table(precision, threads, backend or [], as_json)
-        return
-    from effnet import bench as core
-
-    networks = [arguments.network(model) for model in models or ()]
-    with display.counting(display.console(stderr=as_json), "rounds") as progress:
-        found = core.bench(
-            networks, backends=backend or ["eager"], batch=batch, threads=threads, size=size, precision=precision,
-            fold=fold, rounds=rounds, progress=progress,
-        )  # fmt: skip
-    document = found.to_dict() | {"busy": found.busy, "verdicts": [str(one) for one in found.comparisons]}
-    answer(document, as_json, lambda: display.show_bench(display.console(), found, batch))
-
-
-def _bench_table(precision: str, threads: int, backends: Sequence[str], as_json: bool) -> None:
-    from effnet.bench import save_table
-    from effnet.operators import build_table
-
-    if set(backends) - {"eager"}:
-        raise UsageError(f"latency tables are of the backend eager, not of {', '.join(backends)}.")
-    with display.counting(display.console(stderr=as_json), "measuring operators") as progress:
-        made = build_table(precision=precision, threads=threads, progress=progress)
-    path = save_table(made)
-    assert made.error is not None
-    document = {"file": str(path), "table": str(made), "error": made.error.to_dict(), "factors": made.factors}
-    answer(document, as_json, lambda: display.show_table_made(display.console(), made, path))
+app.command(epilog="Example: effnet bench efficientnet_b0 mobilenet_v2 --size 224 --precision bfloat16")(bench)
 
 
 @app.command(epilog="Example: effnet plot pareto --x macs --out pareto.svg")
@@ -544,4 +498,5 @@ def convert(
     answer(document, as_json, lambda: display.show_path(display.console(), out))
 
 
+app.command(epilog="Example: effnet export runs/photos --to openvino --precision bfloat16")(export)
 app.command(epilog="Example: effnet serve efficientnet_lite0.in1k --port 8000 --workers 2")(serve)

@@ -8,8 +8,10 @@ them too.
 """
 
 import contextlib
+import json
+import warnings
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,10 +20,17 @@ import torch
 from torch import Tensor
 
 from effnet import native
+from effnet.export import is_artefact, open_artefact
 from effnet.images import normalise
 from effnet.network import Model
 from effnet.spec import Preprocess
-from effnet.zoo import load_model
+from effnet.zoo import RUN_CHECKPOINT, built, file_digest, find
+
+CHOICE = "fastest.json"  # in a run folder: which export stands for it, and of which weights
+
+
+class StaleWarning(UserWarning):
+    """An export that is older than the weights it would stand for was not used."""
 
 
 class Engine(Protocol):
@@ -49,11 +58,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchEngine:
-    """A model in this process. `turns`: the mean over the eight flips and turns of the square."""
+    """A model in this process. `turns`: the mean over the eight flips and turns of the square.
+
+    `temperature`: the logits are divided by it before the softmax.
+    """
 
     name: str
     model: Model
     turns: bool = False
+    temperature: float = 1.0
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -65,13 +78,36 @@ class TorchEngine:
 
     def __call__(self, views: np.ndarray) -> np.ndarray:
         with evaluating(self.model):
-            return logits(self.model, torch.from_numpy(views), turns=self.turns).softmax(dim=1).numpy()
+            scores = logits(self.model, torch.from_numpy(views), turns=self.turns)
+        return (scores / self.temperature).softmax(dim=1).numpy()
 
 
 def open_engine(where: str | Path, *, turns: bool = False) -> Engine:
-    """The engine for a model name, a checkpoint or a run folder."""
-    model = load_model(where)
-    return TorchEngine(name=f"{model.network.name}, PyTorch float32", model=model.eval(), turns=turns)
+    """The engine for a model name, a checkpoint, an exported file or a run folder.
+
+    A run folder whose quickest export was chosen (`effnet export --fastest`) opens as that, which its name says; the
+    checkpoint in it, named as a file, opens in PyTorch. An export of weights that the run has since replaced is passed
+    over, with a `StaleWarning`. `turns`: answers are the mean over the eight flips and turns of the square.
+    """
+    if is_artefact(where):
+        return open_artefact(where, turns=turns)
+    folder = Path(where)
+    if (folder / CHOICE).is_file():
+        choice = json.loads((folder / CHOICE).read_text())
+        if file_digest(folder / RUN_CHECKPOINT) == choice["checkpoint"]:
+            engine = open_artefact(folder / choice["artefact"], turns=turns)
+            return replace(engine, runtime=f"{choice['artefact']} in {engine.runtime}")
+        warnings.warn(
+            f"{folder / choice['artefact']} was exported from weights that {folder} no longer holds, and is not used: "
+            f"effnet export {folder} --fastest",
+            StaleWarning,
+            stacklevel=2,
+        )
+    found = find(where)
+    temperature = float(found.extra.get("temperature", 1.0))
+    model = built(found).eval()
+    name = f"{model.network.name}, PyTorch float32"
+    return TorchEngine(name=name, model=model, turns=turns, temperature=temperature)
 
 
 # --- running a PyTorch model -------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
     """
     assert batch.dtype == torch.uint8 and batch.shape[-1] == 3, (batch.dtype, batch.shape)
     count, height, width, _ = batch.shape
-    scale, shift = _affine(preprocess, batch.device)
+    scale, shift = affine(preprocess, batch.device)
     values = batch.reshape(count, height, width * 3).to(torch.float32)
     torch.addcmul(shift.repeat(width), values, scale.repeat(width), out=values)
     return values.view(count, height, width, 3).permute(0, 3, 1, 2)
@@ -440,11 +440,11 @@ def normalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
 
 def denormalise(batch: Tensor, preprocess: Preprocess) -> Tensor:
     """The inverse of `normalise`, for display: float32 (N, 3, H, W) to uint8 (N, H, W, 3), rounded and clipped."""
-    scale, shift = _affine(preprocess, batch.device)
+    scale, shift = affine(preprocess, batch.device)
     return ((batch.permute(0, 2, 3, 1) - shift) / scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _affine(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(preprocess: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
     """`scale` and `shift` per channel, float32 (3,), such that a byte v becomes v * scale + shift."""
     mean, std = torch.tensor(preprocess.mean, dtype=torch.float64), torch.tensor(preprocess.std, dtype=torch.float64)
     scale, shift = 1 / (255 * std), -mean / std

@@ -327,3 +327,16 @@ BLOCKS: dict[str, type[nn.Module]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
 }
+
+
+def fold_norms(model: nn.Module) -> None:
+    """Multiplies every batch norm into the convolution before it, in place; the outputs stay the same."""
+    for module in model.modules():
+        conv, norm = getattr(module, "conv", None), getattr(module, "norm", None)
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None and norm.running_var is not None
+            conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            conv.depthwise = False  # that path knows no bias
+            module.norm = nn.Identity()

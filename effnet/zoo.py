@@ -44,7 +44,7 @@ def load_model(spec: str | Path, *, pretrained: bool | None = None) -> Model:
     `pretrained`: None takes weights where the spec says so (a tag, a file, a folder); True demands them; False draws
     fresh ones for the same network. Raises `UsageError` for anything that is not there, naming what is near.
     """
-    return _model(find(spec, pretrained=pretrained)).eval()
+    return built(find(spec, pretrained=pretrained)).eval()
 
 
 def create_model(
@@ -75,7 +75,7 @@ def create_model(
         found = with_weights(network, checkpoint_path, new_head=num_classes is not None)
     else:
         found = find(name, pretrained=True if pretrained else None)
-    model = _model(_with_channels(_with_classes(found, num_classes), in_chans), generator).train()
+    model = built(_with_channels(_with_classes(found, num_classes), in_chans), generator).train()
     model.set_regularisation(dropout=drop_rate, drop_path=drop_path_rate)
     return FeatureExtractor(model, out_indices) if features_only else model
 
@@ -217,7 +217,7 @@ def packaged(weights: Weights) -> Path:
         )
     listed = folder / str(weights.file)
     files = [listed] if listed.exists() else sorted(folder.rglob(f"*{listed.suffix}"))
-    found = next((path for path in files if _sha256(path).startswith(weights.sha256)), None)
+    found = next((path for path in files if file_digest(path).startswith(weights.sha256)), None)
     if found is None:
         seen = ", ".join(path.name for path in files) or "no such file"
         raise UsageError(
@@ -233,7 +233,8 @@ def package_folder(package: str) -> Path | None:
     return Path(found.submodule_search_locations[0]) if found and found.submodule_search_locations else None
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -286,7 +287,7 @@ def adapted_stem(weight: Tensor, channels: int) -> Tensor:
     return weight[:, [channel % before for channel in range(channels)]] * (before / channels)
 
 
-def _model(found: Checkpoint, generator: torch.Generator | None = None) -> Model:
+def built(found: Checkpoint, generator: torch.Generator | None = None) -> Model:
     """The built model: trained tensors where there are any, the rest freshly initialised."""
     if found.tensors and "classifier.weight" in found.tensors:
         return checkpoint.to_model(found)

@@ -33,6 +33,7 @@ MATTER = [
 SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
 MOTION = [
     "plan",
+    "export",
     "engine",
     "predict",
     "evaluate",
@@ -42,13 +43,15 @@ MOTION = [
     "doctor",
     "runs",
     "report",
+    "backends",
     "bench",
     "operators",
+    "deploy",
     "plots",
     "heat_map",
     "serve",
 ]
-DOOR = ["arguments", "display", "scale_command", "serve_command", "cli", "__main__"]
+DOOR = ["arguments", "display", "scale_command", "serve_command", "bench_command", "export_command", "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
+from effnet import backends, native, operators, published
 from effnet import bench as core
-from effnet import native, operators
-from effnet.bench import Measured, bench, compare, controlled, fold_norms, measure, quantiles, ready, share_of_others
+from effnet.bench import Measured, bench, compare, controlled, measure, quantiles, ready, share_of_others
+from effnet.engine import open_engine
 from effnet.latency import AXES, LatencyTable
+from effnet.layers import fold_norms
 from effnet.network import build
 from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from effnet.value import UsageError
@@ -206,6 +208,8 @@ def test_models_are_measured_against_each_other() -> None:
         ({"precision": "float16"}, "Did you mean 'bfloat16'"),
         ({"batch": 0}, "batch is 0"),
         ({"threads": 0}, "threads is 0"),
+        ({"backends": ["onnxruntime"], "precision": "int8"}, "not one of float32"),
+        ({"backends": ["eager"], "precision": "int8"}, "'int8' is not one of float32, bfloat16"),
         ({"size": 2}, "below the stride 4"),
     ],
 )
@@ -364,3 +368,54 @@ def test_the_command_refuses_in_one_line() -> None:
     assert "efficientnet_b0" in refused("bench", "efficientnet_b00")
     assert "batch" in refused("bench", "efficientnet_b0", "--batch", 0)
     assert "of the backend eager" in refused("bench", "--table", "--backend", "compiled")
+
+
+# --- exported backends ----------------------------------------------------------------------------------------------
+
+
+def test_exported_backends_answer_as_the_same_network_in_pytorch(tmp_path: Path) -> None:
+    """Random weights as they are timed: OpenVINO from bytes to probabilities against the formula."""
+    model = ready(TINY)
+    views = backends.random_views(32, 3)
+    p = TINY.preprocess
+    images = torch.from_numpy(((views / 255 - p.mean) / p.std).astype(np.float32)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = model(images).softmax(1).numpy()
+        path = backends.written(model, "openvino", "float32", tmp_path)  # in inference mode, as bench writes it
+    np.testing.assert_allclose(open_engine(path)(views), expected, atol=1e-5)
+
+
+def test_exports_and_fresh_processes_are_measured_beside_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(TINY.to_json())
+    words = ("bench", tmp_path / "tiny.json", "--rounds", 1, "--start", "--json")
+    found = run(*words, "--backend", "eager", "--backend", "openvino")
+    names = ["tiny (eager)", "tiny (openvino)"]
+    document = found.document
+    assert [row["name"] for row in document["measurements"]] == names
+    assert [row["name"] for row in document["starts"]] == names
+    for row in document["starts"]:
+        assert 0.1 < row["seconds"] < 600 and 5e7 < row["peak_bytes"] < 5e9 and row["n"] == 3
+    assert len(document["verdicts"]) == 1
+
+
+def test_the_papers_table_4_is_timed_pair_by_pair_beside_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol, on networks that are quicker than the paper's: batch 1, one thread, 20 calls of each."""
+    asked = []
+
+    def small(networks, **options):
+        asked.append(([network.name for network in networks], options))
+        return bench([TINY.replace(name=network.name) for network in networks], **options)
+
+    monkeypatch.setattr(core, "bench", small)
+    pairs = run("bench", "--table4", "--json").document["pairs"]
+    assert [names for names, _ in asked] == [
+        ["efficientnet_b1", "resnet152"],
+        ["efficientnet_b7", *(f"efficientnet_b{i}" for i in range(7))],
+    ]
+    for pair in pairs:
+        for row in pair["measurements"]:
+            assert row["n"] == 20 and row["environment"]["batch"] == row["environment"]["threads"] == 1
+    assert [pair["published"]["ratio"] for pair in pairs] == [5.7, None]
+    paper = published.TABLE_4[0]
+    assert paper.ratio == pytest.approx(0.554 / 0.098, abs=0.06)  # the two latencies that the paper prints
+    assert "not printed" in run("bench", "--table4").out

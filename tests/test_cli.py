@@ -30,7 +30,7 @@ from tests.conftest import write_images
 
 VERBS = (
     "list", "info", "scale", "recipes", "doctor", "plan", "train", "eval", "predict", "explain", "bench", "plot",
-    "report", "convert", "serve",
+    "report", "convert", "export", "serve",
 )  # fmt: skip
 TINY = Network(
     name="tiny",
