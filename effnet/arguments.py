@@ -431,11 +431,10 @@ Picture = tuple[str, str | None, "np.ndarray"]  # name, true class where it is k
 
 def file_pictures(paths: Sequence[str]) -> Iterator[Picture]:
     """The images at `paths`, decoded one by one. Raises `ImageError` for the first that cannot be."""
-    from effnet.images import decode
-    from effnet.predict import expand
+    from effnet.inputs import inputs
 
-    for path in expand(paths):
-        yield str(path), None, decode(path)
+    for one in inputs(paths):
+        yield one.name, None, one.image()
 
 
 def data_pictures(splits: "Splits", split: str, count: int) -> Iterator[Picture]:

@@ -51,6 +51,7 @@ from effnet.bench_command import bench
 from effnet.cost import cost, stage_rows
 from effnet.display import answer
 from effnet.export_command import export
+from effnet.predict_command import predict
 from effnet.recipes import Recipe
 from effnet.scale_command import scale
 from effnet.serve_command import serve
@@ -362,58 +363,38 @@ def _keep_evaluation(document: dict[str, Any], scores: "Scores", files: Sequence
             write_atomically(path, write)
 
 
-@app.command(epilog="Example: effnet predict efficientnet_lite0.in1k cat.jpg holiday/ --top-k 3 --out found.csv")
-def predict(
-    model: ModelName,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help=PATHS)],
-    top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write a row per image to this .csv or .json file.")] = None,
-    batch: BatchSize = 32,
-    turns: Turns = False,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """The most probable classes of images.
-
-    An image that cannot be read costs no more than its own row: a line on stderr, and exit code 2 in the end.
-    """
-    from effnet.predict import expand, write_csv, write_json
-    from effnet.predict import predict as predictions
-    from effnet.zoo import load_model
-
-    arguments.table_file(out)
-    files, rows = expand(paths), []
-    loaded, where = load_model(model), arguments.device(device)
-    with display.counting(display.console(stderr=as_json), "predicting") as progress:
-        for row in predictions(loaded, files, top_k=top_k, batch=batch, device=where, turns=turns):
-            rows.append(row)
-            progress(len(rows), len(files))
-    if out:
-        (write_csv if out.suffix == ".csv" else write_json)(out, rows)
-    answer([row.to_dict() for row in rows], as_json, lambda: display.show_predictions(display.console(), rows))
-    broken = [row for row in rows if row.error]
-    for row in broken:
-        _say(f"{row.path}: {row.error}")
-    if broken:
-        raise typer.Exit(2)
+app.command(epilog="Example: effnet predict efficientnet_lite0.in1k holiday/ shards.tar --top-k 3 --out found.parquet")(
+    predict
+)
 
 
 @app.command(epilog="Example: effnet explain runs/photos photos/test/cat/1.jpg --out maps")
 def explain(
     model: ModelName,
     paths: Annotated[list[str] | None, typer.Argument(metavar="PATH...", help=PATHS)] = None,
-    method: Annotated[Literal["cam", "gradcam"], typer.Option(help="gradcam needs effnet[explain].")] = "cam",
+    method: Annotated[
+        Literal["cam", "gradcam", "gradcam++", "layercam"], typer.Option(help="gradcam needs effnet[explain].")
+    ] = "cam",
     target: Annotated[str | None, typer.Option(help="A class, by name or index. Default: the predicted one.")] = None,
     data: Annotated[str | None, typer.Option(metavar="DATA", help="Images of a data set instead of PATHs.")] = None,
     split: Split = "test",
     count: Annotated[int, typer.Option(min=1, help="How many images of --data, evenly spread.")] = 8,
     out: Annotated[Path | None, typer.Option(help="Folder of the PNGs. Default: RUN/cams, else cams.")] = None,
+    faithful: Annotated[
+        bool, typer.Option("--faithfulness/--no-faithfulness", help="Measure insertion and deletion: 34 more passes.")
+    ] = True,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Where MODEL sees a class in images: one PNG per image with the class activation map beside and over it."""
+    """Where MODEL sees a class in images: one PNG per image with the class activation map beside and over it.
+
+    Insertion (high is good) and deletion (low is good): how well the map orders the pixels by what MODEL looks at.
+    """
+    from effnet.engine import TorchEngine
     from effnet.explain import explain as explained
     from effnet.explain import panel
+    from effnet.faithfulness import faithfulness
+    from effnet.images import prepare
     from effnet.zoo import load_model
 
     if bool(paths) == bool(data):
@@ -429,8 +410,14 @@ def explain(
         why = explained(loaded, image, method=method, target=wanted, device=where)
         path = folder / f"{len(rows):03d}-{arguments.slug('-'.join(Path(name).with_suffix('').parts[-2:]))}.png"
         folder.mkdir(parents=True, exist_ok=True)
-        panel(path, [image], [why], truths=[truth] if truth else None)
         told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
+        notes = None
+        if faithful:
+            engine = TorchEngine(name=model, model=loaded)
+            found = faithfulness(engine, prepare(image, loaded.preprocess), why.map, why.target)
+            told |= found.to_dict()
+            notes = [str(found)]
+        panel(path, [image], [why], truths=[truth] if truth else None, notes=notes)
         rows.append({"image": name, "truth": truth, "file": str(path), **told, "map": why.map.tolist()})
     answer(rows, as_json, lambda: display.show_explanations(display.console(), rows))
 

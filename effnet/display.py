@@ -327,11 +327,13 @@ def show_predictions(out: Console, rows: Sequence["Prediction"]) -> None:
 
 
 def show_explanations(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Which class was explained in which file."""
-    made = table("", ["image", "true", "explained"], ["probability"])
+    """Which class was explained in which file, and how faithfully, where that was measured."""
+    measured = ["insertion", "deletion"] if any("insertion" in row for row in rows) else []
+    made = table("", ["image", "true", "explained"], ["probability", *measured])
     made.add_column("written to", overflow="fold")
     for row in rows:
-        add(made, row["image"], row["truth"], row["label"], f"{100 * row['probability']:.1f} %", row["file"])
+        areas = (f"{row[name]:.2f}" for name in measured)
+        add(made, row["image"], row["truth"], row["label"], f"{100 * row['probability']:.1f} %", *areas, row["file"])
     out.print(made)
 
 

@@ -28,7 +28,7 @@ from torchmetrics.functional import classification as tm
 from effnet.data import batches
 from effnet.engine import evaluating, logits
 from effnet.network import Model
-from effnet.predict import write_table
+from effnet.prediction_files import write_table
 from effnet.samples import Source
 from effnet.value import UsageError, Value, check_range
 

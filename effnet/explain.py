@@ -8,7 +8,9 @@ bilinear), which class is shown (the predicted one, unless named) and the colour
 to the highest value of each map).
 
 Grad-CAM (Selvaraju et al. 2017), through captum, works at every unit; at the last map it is CAM without its negative
-part, divided by the number of pixels.
+part, divided by the number of pixels. Grad-CAM++ (Chattopadhay et al. 2018) and Layer-CAM (Jiang et al.
+2021) are a function each of the maps and their gradients; up to a positive factor, which no picture shows,
+for the score of Grad-CAM++ is exp(logit). How faithful a map is, `faithfulness.py` measures.
 
 A network sees only part of an image when its `Preprocess` crops: the map is drawn on that part (`visible`), never
 stretched over the rest.
@@ -33,7 +35,8 @@ from effnet.network import Model
 from effnet.spec import Network, Preprocess, resolve
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
-METHODS = {"cam": "CAM", "gradcam": "Grad-CAM"}  # as they are written in captions
+# as they are written in captions
+METHODS = {"cam": "CAM", "gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "layercam": "Layer-CAM"}
 COLOURS = "inferno"  # perceptually uniform, and dark where there is no evidence
 BOX_THRESHOLD = 0.2  # of the maximum; Zhou et al. 2016, section 3.2
 
@@ -58,7 +61,7 @@ class Explanation:
     """The evidence for class `target` (`label`), which the model gives `probability`.
 
     `map` float32 (h, w): at the resolution of unit `tap`; signed for `cam` (negative: evidence against the class), not
-    for `gradcam`. `bias`: of the class, so that for `cam` `logit == map.mean() + bias`. `visible`: the part of the
+    for the others. `bias`: of the class, so that for `cam` `logit == map.mean() + bias`. `visible`: the part of the
     original image (`height` x `width`) that the map covers.
     """
 
@@ -92,8 +95,8 @@ def explain(
 ) -> Explanation:
     """Where the model finds evidence for class `target` in `image`, uint8 (H, W, 3).
 
-    `method`: `cam` or `gradcam` (needs `effnet[explain]`). `target`: an index or a label; the predicted class if None.
-    `tap`: another unit than the last map, for `gradcam` only. `device`: where the model is moved first, if given.
+    `method`: one of `METHODS` (`gradcam` needs `effnet[explain]`). `target`: an index or a label; the predicted class
+    if None. `tap`: another unit than the last map, not for `cam`. `device`: where the model is moved first, if given.
     `UsageError` for an unknown method, class or unit.
     """
     check_choice("method", method, METHODS)
@@ -104,7 +107,7 @@ def explain(
     view = torch.from_numpy(prepare(image, model.preprocess))[None]  # (1, size, size, 3)
     x = normalise(view.to(model.classifier.weight.device), model.preprocess)  # (1, 3, size, size)
     with evaluating(model):
-        logits, index, values = (_cam if method == "cam" else _gradcam)(model, x, unit, index)
+        logits, index, values = MAKERS[method](model, x, unit, index)
     logits = logits.float().cpu()
     height, width = image.shape[:2]
     return Explanation(
@@ -158,7 +161,9 @@ def _checked_tap(network: Network, method: str, tap: str | None) -> str:
         return last
     check_choice("tap", tap, [unit.name for unit in resolve(network)[:-1]])
     if method == "cam" and tap != last:
-        raise UsageError(f"cam exists only at {last!r}, which the classifier reads; for {tap!r} use gradcam.")
+        raise UsageError(
+            f"cam exists only at {last!r}, which the classifier reads; for {tap!r} use gradcam or layercam."
+        )
     return tap
 
 
@@ -181,6 +186,45 @@ def _gradcam(model: Model, x: Tensor, tap: str, target: int | None) -> tuple[Ten
     index = int(logits.argmax()) if target is None else target
     maps = LayerGradCam(model, model.get_submodule(tap)).attribute(x, target=index, relu_attributions=True)
     return logits, index, maps.detach()[0, 0]
+
+
+def _gradcam_plus_plus(model: Model, x: Tensor, tap: str, target: int | None) -> tuple[Tensor, int, Tensor]:
+    logits, index, maps, gradients = _gradients(model, x, tap, target)
+    return logits, index, gradcam_plus_plus(maps, gradients)
+
+
+def _layercam(model: Model, x: Tensor, tap: str, target: int | None) -> tuple[Tensor, int, Tensor]:
+    logits, index, maps, gradients = _gradients(model, x, tap, target)
+    return logits, index, layercam(maps, gradients)
+
+
+def _gradients(model: Model, x: Tensor, tap: str, target: int | None) -> tuple[Tensor, int, Tensor, Tensor]:
+    """(logits (K,), class, maps of `tap` (C, h, w), gradients of the class's logit by them) for one image."""
+    with torch.enable_grad():
+        logits, taps = model.taps(x.requires_grad_(), [tap])  # the image: all weights may be frozen
+        index = int(logits[0].argmax()) if target is None else target
+        (gradients,) = torch.autograd.grad(logits[0, index], taps[tap])
+    return logits[0].detach(), index, taps[tap][0].detach(), gradients[0]
+
+
+def gradcam_plus_plus(maps: Tensor, gradients: Tensor) -> Tensor:
+    """Chattopadhay et al. 2018: maps (C, h, w) weighted by their positive gradients, each pixel by its alpha; (h, w).
+
+    alpha = g^2 / (2 g^2 + sum(A) g^3), so that a part seen in few pixels counts as much as one seen in many.
+    """
+    squares, cubes = gradients**2, gradients**3
+    below = 2 * squares + maps.sum((1, 2), keepdim=True) * cubes
+    alphas = squares / torch.where(below == 0, 1.0, below)  # no gradient: no weight
+    weights = (alphas * gradients.relu()).sum((1, 2))  # (C,)
+    return torch.einsum("c,chw->hw", weights, maps).relu()
+
+
+def layercam(maps: Tensor, gradients: Tensor) -> Tensor:
+    """Jiang et al. 2021: every pixel of the maps (C, h, w) weighted by its own positive gradient; (h, w)."""
+    return (gradients.relu() * maps).sum(0).relu()
+
+
+MAKERS = {"cam": _cam, "gradcam": _gradcam, "gradcam++": _gradcam_plus_plus, "layercam": _layercam}
 
 
 def upsampled(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -261,9 +305,13 @@ def panel(
     explanations: Sequence[Explanation],
     *,
     truths: Sequence[str] | None = None,
+    notes: Sequence[str] | None = None,
     alpha: float = 0.5,
 ) -> None:
-    """A PNG with a row per image: the original (with its true label, if given), the map, and the map over the image."""
+    """A PNG with a row per image: the original (with its true label, if given), the map, and the map over the image.
+
+    `notes`: a line under the verdict on each image.
+    """
     rows = []
     for i, (image, why) in enumerate(zip(images, explanations, strict=True)):
         values = why.on_image()
@@ -273,7 +321,7 @@ def panel(
             [
                 (image, truth),
                 (heat(values), f"{METHODS[why.method]} at {why.tap}, {h} x {w}"),
-                (overlay(image, values, alpha), _verdict(why)),
+                (overlay(image, values, alpha), _verdict(why) + (f"\n{notes[i]}" if notes else "")),
             ]
         )
     save_grid(path, rows)

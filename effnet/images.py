@@ -21,7 +21,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, final
@@ -465,17 +465,38 @@ def image_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{path} does not exist.")
-    found, seen = [], set()
-    for folder, folders, files in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder, name) for name in files if _is_image(name)]
-    return sorted(found)
+    return [found for found, unlisted in walk_images(path) if unlisted is None]
+
+
+def walk_images(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """What `image_files` lists of a folder, one by one in the same order; only names of open folders are in memory.
+
+    A folder that cannot be listed stands in its place, with the reason.
+    """
+    return _walk(folder, set())
+
+
+def _walk(folder: Path, seen: set[str]) -> Iterator[tuple[Path, str | None]]:
+    real = os.path.realpath(folder)
+    if real in seen:  # a link back up
+        return
+    seen.add(real)
+    folders, names = set(), []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and (entry.is_dir() or _is_image(entry.name)):
+                    names.append(entry.name)
+                    folders.update([entry.name] if entry.is_dir() else ())
+    except OSError as error:
+        yield folder, f"cannot be listed ({error.strerror})"
+        return
+    for name in sorted(names):
+        if name in folders:
+            yield from _walk(folder / name, seen)
+        else:
+            yield folder / name, None
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
+    return os.path.splitext(name)[1].lower() in EXTENSIONS

@@ -1,31 +1,40 @@
-"""What is in these files? One `Prediction` per input, in order, and a broken file costs only its own row.
+"""What is in these images? One `Prediction` per input, in order, and a broken file costs only its own row.
 
-An image goes through `decode` and `prepare` on a few threads, at most two batches ahead of the model, then through
-`normalise` and the model a batch at a time, all by the `Preprocess` that belongs to the weights. So a folder of a
-million images needs the memory of a few batches.
+Inputs come as a stream (`inputs.py`) and are taken a batch at a time: each image goes through `decode` and `prepare` on
+a few threads, at most two batches ahead of the engine, which gives probabilities. So a folder of a million images needs
+the memory of a few batches. A batch is always the same inputs, whatever is broken, wherever and how often it is run:
+that is what makes the rows of a resumed or distributed job (`predict_job.py`) those of an unbroken one.
 """
 
-import csv
-import itertools
-import json
+import dataclasses
+import hashlib
+import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from effnet.engine import evaluating, label_names, logits
-from effnet.files import write_atomically
-from effnet.images import ImageError, decode, image_files, prepare
+from effnet import families
+from effnet.cost import cost
+from effnet.data import default_workers
+from effnet.engine import Engine, TorchEngine, open_engine
+from effnet.images import ImageError, prepare
+from effnet.inputs import Input, batched, inputs
 from effnet.network import Model
-from effnet.spec import Preprocess
+from effnet.plan import memory_bytes
+from effnet.spec import Network, Preprocess
 from effnet.value import UsageError, Value, check_choice, check_range
 
 BATCHES_AHEAD = 2
+MEMORY_SHARE = 1 / 8  # of the device, for the maps of one batch
+MOST_IMAGES = {"cpu": 32, "cuda": 256}  # a batch above this is no faster
+
+View = np.ndarray | ImageError  # an error is a value here: it must keep its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,137 +55,159 @@ class Prediction(Value):
 
 
 def predict(
-    model: Model,
+    model: Model | Engine,
     paths: Sequence[str | Path],
     *,
     top_k: int = 5,
-    batch: int = 32,
-    workers: int = 2,
+    batch: int | None = None,
+    workers: int | None = None,
     device: str | torch.device | None = None,
     on_error: Literal["report", "error"] = "report",
     turns: bool = False,
 ) -> Generator[Prediction]:
-    """The `top_k` most probable labels (all, if there are fewer) of every image in `paths`, in the order of `expand`.
+    """The `top_k` most probable labels (all, if there are fewer) of every image that `paths` stand for (`inputs.py`).
 
-    `on_error`: an image that cannot be decoded becomes a row with an `error`, or (`"error"`) raises its `ImageError`
-    after the rows before it were yielded. `device`: where the model is moved first, if given. `turns`: as in `logits`.
-    A path that does not exist or a folder without images is a `UsageError` at once, before any image is read.
+    `batch`: images at a time; None: what fits (`batch_that_fits`). `workers`: threads that decode. `on_error`: an image
+    that cannot be decoded becomes a row with an `error`, or (`"error"`) raises its `ImageError` after the rows before
+    it were yielded. `device`, `turns`: for a `Model`, where it is moved first, if given, and as in `engine.logits`; an
+    engine has decided both. A path that does not exist or a folder without images is a `UsageError` at once, before any
+    image is read.
     """
     check_range("top_k", top_k, 1)
-    check_range("batch", batch, 1)
-    check_range("workers", workers, 1)
+    check_range("batch", 1 if batch is None else batch, 1)
+    check_range("workers", 1 if workers is None else workers, 1)
     check_choice("on_error", on_error, ("report", "error"))
-    files = expand(paths)
-    if device is not None:
-        model.to(device)
-    return _predictions(model, files, min(top_k, model.num_classes), batch, workers, on_error, turns)
+    found = inputs(paths)
+    if isinstance(model, Model):
+        model = model if device is None else model.to(device)
+        engine: Engine = TorchEngine(name=model.network.name, model=model, turns=turns)
+    elif device is not None or turns:
+        raise UsageError("device and turns are chosen when an engine is opened, not here.")
+    else:
+        engine = model
+    rows = answers(engine, batched(found, batch or batch_that_fits(engine)), top_k=top_k, workers=workers)
+    return _one_by_one(rows, stop=on_error == "error")
 
 
-def expand(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that `paths` stand for: a file for itself, whatever its name; a folder for all images in it, sorted.
+def answers(
+    engine: Engine, batches: Iterable[Sequence[Input]], *, top_k: int, workers: int | None = None
+) -> Generator[list[Prediction]]:
+    """The predictions of one batch after the other, while the next ones are being decoded."""
+    pool = ThreadPoolExecutor(workers or max(2, default_workers()), thread_name_prefix="effnet-predict")
+    ahead: deque[tuple[Sequence[Input], list[Future[View]]]] = deque()
 
-    `UsageError` for a path that does not exist, a folder without images, or no paths at all.
-    """
-    if not paths:
-        raise UsageError("no image was named; give files or folders.")
-    files = []
-    for path in paths:
-        found = image_files(path)
-        if not found:
-            raise UsageError(f"{path} has no images in it.")
-        files += found
-    return files
+    def oldest() -> list[Prediction]:
+        items, views = ahead.popleft()
+        return _ranked(engine, items, [view.result() for view in views], top_k)
 
-
-def _predictions(
-    model: Model, files: Sequence[Path], top_k: int, batch: int, workers: int, on_error: str, turns: bool
-) -> Generator[Prediction]:
-    names = label_names(model)
-    batches = [files[start : start + batch] for start in range(0, len(files), batch)]
-    for paths, views in zip(batches, _views(batches, model.preprocess, workers), strict=True):
-        ranked = _ranked(model, [view for view in views if not isinstance(view, ImageError)], top_k, turns)
-        for path, view in zip(paths, views, strict=True):
-            if not isinstance(view, ImageError):
-                probabilities, classes = next(ranked)
-                labels = tuple(names[index] for index in classes)
-                yield Prediction(path=str(path), labels=labels, probabilities=tuple(probabilities))
-            elif on_error == "report":
-                yield Prediction(path=str(path), error=view.reason)
-            else:
-                raise view
-
-
-def _views(
-    batches: Sequence[Sequence[Path]], preprocess: Preprocess, workers: int
-) -> Iterator[list[np.ndarray | ImageError]]:
-    """The views of one batch after the other, in order, while the next ones are being made."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="effnet-predict")
-    ahead: deque[list[Future[np.ndarray | ImageError]]] = deque()
     try:
-        for paths in batches:
-            ahead.append([pool.submit(_view, path, preprocess) for path in paths])
+        for items in batches:
+            ahead.append((items, [pool.submit(_view, item, engine.preprocess) for item in items]))
             if len(ahead) > BATCHES_AHEAD:
-                yield [future.result() for future in ahead.popleft()]
+                yield oldest()
         while ahead:
-            yield [future.result() for future in ahead.popleft()]
+            yield oldest()
     finally:
         pool.shutdown(cancel_futures=True)  # also when nobody asks for the rest
 
 
-def _view(path: Path, preprocess: Preprocess) -> np.ndarray | ImageError:
-    """The model's view of a file, uint8 (size, size, 3), or why there is none (a value: it must keep its place)."""
+def _one_by_one(batches: Generator[list[Prediction]], *, stop: bool) -> Generator[Prediction]:
     try:
-        return prepare(decode(path), preprocess)
+        for rows in batches:
+            for row in rows:
+                if stop and row.error:
+                    raise ImageError(row.path, row.error)
+                yield row
+    finally:
+        batches.close()
+
+
+def _view(item: Input, preprocess: Preprocess) -> View:
+    """The engine's view of an image, uint8 (size, size, 3), or why there is none."""
+    try:
+        return prepare(item.image(), preprocess)
     except ImageError as error:
         return error
+    except MemoryError:
+        return ImageError(item.name, "too large for the memory that is left")
 
 
-def _ranked(
-    model: Model, views: Sequence[np.ndarray], top_k: int, turns: bool
-) -> Iterator[tuple[list[float], list[int]]]:
-    """(probabilities, class indices) of the `top_k` best classes of each view, best first."""
-    if not views:
-        return iter(())
-    with evaluating(model):
-        scores = logits(model, torch.from_numpy(np.stack(views)), turns=turns)
-    probabilities, classes = scores.double().softmax(dim=1).topk(top_k)  # (N, K) -> (N, top_k)
-    return zip(probabilities.tolist(), classes.tolist(), strict=True)
+def _ranked(engine: Engine, items: Sequence[Input], views: Sequence[View], top_k: int) -> list[Prediction]:
+    """The rows of one batch; the engine sees only what could be read."""
+    whole = [view for view in views if not isinstance(view, ImageError)]
+    judged = iter(engine(np.stack(whole)).astype(np.float64)) if whole else iter(())
+    names, rows = engine.labels, []
+    for item, view in zip(items, views, strict=True):
+        if isinstance(view, ImageError):
+            rows.append(Prediction(path=item.name, error=view.reason))
+            continue
+        probabilities = next(judged)
+        probabilities /= probabilities.sum()  # float32 sums to 1 within 1e-6
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        if np.isnan(probabilities).any():
+            rows.append(Prediction(path=item.name, error=f"{engine.name} gives no number for it (NaN)"))
+        else:
+            labels = tuple(names[index] for index in best)
+            rows.append(Prediction(path=item.name, labels=labels, probabilities=tuple(probabilities[best].tolist())))
+    return rows
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- how many at a time ---------------------------------------------------------------------------------------------
 
 
-def write_csv(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """One row per prediction: path, label, probability, label_2, probability_2, ... and error."""
-    rows = list(predictions)
-    ranks = range(1, max((len(row.labels) for row in rows), default=1) + 1)
-    header = [name if rank == 1 else f"{name}_{rank}" for rank in ranks for name in ("label", "probability")]
+def batch_that_fits(engine: Engine) -> int:
+    """Images at a time: a power of two, at most `MOST_IMAGES`, whose maps take `MEMORY_SHARE` of the device at most.
 
-    def cells(row: Prediction) -> list[Any]:
-        ranked = [cell for pair in zip(row.labels, row.probabilities, strict=True) for cell in pair]
-        return [row.path, *ranked, *[""] * (len(header) - len(ranked)), row.error or ""]
-
-    write_table(path, ["path", *header, "error"], map(cells, rows))
-
-
-def write_json(path: str | Path, predictions: Iterable[Prediction]) -> None:
-    """A list of objects with the fields of `Prediction`, one line each."""
-    rows = ",\n".join(json.dumps(row.to_dict()) for row in predictions)
-    _write(path, lambda file: file.write(f"[\n{rows}\n]\n"))
-
-
-def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A CSV file that appears when it is complete; missing folders are made.
-
-    File names that are not UTF-8 are written as the bytes they are.
+    An engine that does not say its network is taken for one of the largest, EfficientNet-B7.
     """
-    _write(path, lambda file: csv.writer(file, lineterminator="\n").writerows(itertools.chain([header], rows)))
+    network, device = families.get("efficientnet_b7"), "cpu"
+    if isinstance(engine, TorchEngine):
+        network, device = engine.model.network, engine.model.classifier.weight.device.type
+    room = MEMORY_SHARE * memory_bytes(device) / map_bytes(network, engine.preprocess.size)
+    most = MOST_IMAGES.get(device, MOST_IMAGES["cpu"])
+    return 2 ** int(math.log2(max(1, min(room, most))))
 
 
-def _write(path: str | Path, content: Callable[[TextIO], Any]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            content(file)
+def map_bytes(network: Network, size: int) -> int:
+    """An estimate of the memory that one image needs on its way through the network at `size` px, in bytes.
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), write)
+    The most that one unit holds: its input, the outputs of its convolutions and one of them again, normalised and
+    activated; float32.
+    """
+    units: Any = cost(network, size).units
+    return 4 * max(unit.in_channels * unit.in_size**2 + 2 * unit.activations for unit in units)
+
+
+# --- engines -------------------------------------------------------------------------------------------------------
+
+
+def opened_on(where: str | Path, *, turns: bool = False, device: str | None = None) -> Engine:
+    """The engine at `where`, its model on `device`: cpu (None), cuda, or auto for cuda where there is one.
+
+    `UsageError` for cuda and an engine that is no PyTorch model.
+    """
+    engine = open_engine(where, turns=turns)
+    if isinstance(engine, TorchEngine):
+        quickest = "cuda" if torch.cuda.is_available() else "cpu"
+        engine.model.to(quickest if device == "auto" else device or "cpu")
+    elif device not in (None, "auto", "cpu"):
+        raise UsageError(f"{where} ({engine.name}) cannot be moved to {device}.")
+    return engine
+
+
+def identity(engine: Engine) -> str:
+    """What the answers of `engine` depend on, as its name and a digest.
+
+    Of preprocessing, labels and, of an engine that is a dataclass, all fields that are no function: tensors of a model,
+    temperature, what an exported file says of its weights.
+    """
+    digest = hashlib.sha256(repr((engine.preprocess, engine.labels)).encode())
+    for field in dataclasses.fields(engine) if dataclasses.is_dataclass(engine) else ():
+        value = getattr(engine, field.name)
+        if isinstance(value, Model):
+            for name, tensor in sorted(value.state_dict().items()):
+                digest.update(name.encode())
+                digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        elif not callable(value):
+            digest.update(repr((field.name, value)).encode())
+    return f"{engine.name} ({digest.hexdigest()[:16]})"

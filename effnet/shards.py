@@ -135,6 +135,24 @@ def read_index(shard: Path) -> Iterator[Labelled]:
         raise UsageError(f"{shard} is not a tar file that can be read: {error.args[0]}") from None
 
 
+def image_members(shard: Path) -> Iterator[tuple[str, Place]]:
+    """Name and place of every image in a shard, labelled or not, in file order; needs no webdataset.
+
+    Raises `tarfile.TarError` or `OSError` where the shard is damaged, after the members before it. Of the members that
+    were passed nothing is kept in memory.
+    """
+    with tarfile.open(shard, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # ty: ignore[missing-attribute]
+            name = Path(member.name).name
+            if member.isreg() and not name.startswith((".", "__")) and Path(name).suffix.lower() in EXTENSIONS:
+                yield member.name, Place(shard, member.offset_data, member.size)
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError("a header in the middle is broken")
+
+
 def _members(shard: Path) -> Iterator[dict[str, Any]]:
     """The members of a tar file in the shape `group_by_keys` takes, with a `Place` where it has bytes."""
     with tarfile.open(shard, "r:") as tar:

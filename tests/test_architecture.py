@@ -30,16 +30,20 @@ MATTER = [
     "zoo",
     "augment",
 ]
-SAMPLES = ["samples", "shards", "named", "sources", "data", "optim"]
+SAMPLES = ["samples", "shards", "inputs", "named", "sources", "data", "optim"]
 MOTION = [
     "plan",
     "export",
     "engine",
     "predict",
+    "prediction_files",
+    "predict_ray",
+    "predict_job",
     "evaluate",
     "train",
     "proxy",
     "explain",
+    "faithfulness",
     "doctor",
     "runs",
     "report",
@@ -51,7 +55,8 @@ MOTION = [
     "heat_map",
     "serve",
 ]
-DOOR = ["arguments", "display", "scale_command", "serve_command", "bench_command", "export_command", "cli", "__main__"]
+COMMANDS = [f"{verb}_command" for verb in ("scale", "predict", "serve", "bench", "export")]
+DOOR = ["arguments", "display", *COMMANDS, "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 
 

@@ -149,7 +149,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (("list", "eficientnet"), "no network matches 'eficientnet'"),
         (("list", "efficientnet_lite9"), "Did you mean 'efficientnet_lite"),
         (("predict", "efficientnet_b00.in1k", "x.jpg"), r"x\.jpg does not exist"),
-        (("predict", "resnet18", "x.jpg", "--out", "found.txt"), r"neither in \.csv nor in \.json"),
+        (("predict", "resnet18", "x.jpg", "--out", "found.txt"), r"found\.txt, '\.txt' is not one of \.csv, \.jsonl"),
         (("explain", "resnet18"), "name images .* or a data set"),
         (("report", "nowhere"), "nowhere is not a run folder"),
         (("convert", "resnet18", "out.pth"), r"an effnet checkpoint is a \.safetensors file"),
@@ -389,12 +389,42 @@ def test_predict_ranks_classes_and_writes_files(workshop: Workshop, tmp_path: Pa
     assert [row["path"] for row in rows] == [str(path) for path in images]
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
     for suffix in ("csv", "json"):
-        assert run("predict", workshop.run, *images, "--out", tmp_path / f"found.{suffix}").code == 0
+        out = tmp_path / f"found.{suffix}"
+        done = run("predict", workshop.run, *images, "--out", out, "--json").document
+        assert (done["images"], done["errors"]) == (3, 0)
     with (tmp_path / "found.csv").open(newline="") as file:
         assert [row["label"] for row in csv.DictReader(file)] == [row["labels"][0] for row in rows]
     assert [row["labels"] for row in json.loads((tmp_path / "found.json").read_text())] == [
         row["labels"] for row in rows
     ]
+
+
+def test_predict_into_a_file_reports_broken_images_there_and_never_mixes_runs(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    images = sorted((workshop.data / "cat").iterdir())[:3]
+    (tmp_path / "torn.png").write_bytes(images[0].read_bytes()[:60])
+    out = tmp_path / "found.jsonl"
+    words = ("predict", workshop.run, tmp_path, *images, "--out", out)
+    result = run(*words)
+    assert (result.code, result.err) == (0, "")
+    assert "4 images; 1 cannot be read" in result.out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == [False, True, True, True]
+    assert "is complete" in refused(*words, "--resume")
+    assert "torn.png" in refused(*words, "--strict")
+    assert "unfinished run" in refused(*words)
+    assert "was begun with 5" not in refused(*words, "--resume", "--top-k", 1)
+    assert "add --out FILE" in refused(*words[:-2], "--resume")
+    assert "--actors is for --engine ray" in refused(*words, "--actors", 2)
+
+
+def test_predict_takes_a_list_from_standard_input(workshop: Workshop) -> None:
+    images = sorted((workshop.data / "cat").iterdir())[:2]
+    command = [sys.executable, "-m", "effnet", "predict", str(workshop.run), "-", "--json"]
+    listed = "".join(f"{image}\n" for image in images)
+    found = subprocess.run(command, input=listed, capture_output=True, text=True, check=True)
+    assert [row["path"] for row in json.loads(found.stdout)] == list(map(str, images))
 
 
 def test_a_broken_image_costs_its_own_row_one_line_and_exit_code_2(workshop: Workshop, tmp_path: Path) -> None:
@@ -462,6 +492,10 @@ def test_explain_draws_a_map_per_image(workshop: Workshop, tmp_path: Path) -> No
     image = next((workshop.data / "cat").iterdir())
     (row,) = run("explain", workshop.run, image, "--target", "cat", "--out", tmp_path / "maps", "--json").document
     assert (row["label"], row["tap"], np.shape(row["map"])) == ("cat", "head", (8, 8))
+    assert 0 <= row["deletion"] <= 1 and 0 <= row["insertion"] <= 1
+    words = ("explain", workshop.run, image, "--method", "layercam", "--no-faithfulness", "--out", tmp_path / "maps")
+    assert "insertion" not in run(*words, "--json").document[0]
+    assert "insertion" not in run(*words).out and "insertion" in run(*words[:3], "--out", tmp_path / "maps").out
     assert Path(row["file"]).read_bytes().startswith(b"\x89PNG")
     assert "Did you mean 'cat'?" in refused("explain", workshop.run, image, "--target", "cats", "--out", tmp_path)
     by_index = run("explain", workshop.run, image, "--target", 1, "--out", tmp_path, "--json").document

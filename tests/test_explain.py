@@ -11,14 +11,17 @@ from PIL import Image
 
 from effnet.dialects import to_effnet
 from effnet.explain import (
+    METHODS,
     Explanation,
     Region,
     box,
     class_activation_map,
     comparison,
     explain,
+    gradcam_plus_plus,
     heat,
     last_tap,
+    layercam,
     overlay,
     panel,
     save_grid,
@@ -150,7 +153,7 @@ def test_a_class_is_asked_for_by_index_or_by_label() -> None:
 def test_what_cannot_be_explained_is_refused_before_the_model_runs() -> None:
     model, image = small_model(), photo()
     model.register_forward_pre_hook(lambda module, inputs: pytest.fail("the model ran"))
-    with pytest.raises(UsageError, match="cam, gradcam"):
+    with pytest.raises(UsageError, match=r"cam, gradcam, gradcam\+\+, layercam"):
         explain(model, image, method="camm")
     with pytest.raises(UsageError, match=r"'stages\.0\.9'"):
         explain(model, image, method="gradcam", tap="stages.0.9")
@@ -158,7 +161,7 @@ def test_what_cannot_be_explained_is_refused_before_the_model_runs() -> None:
         explain(model, image, tap="stages.0.1")
 
 
-@pytest.mark.parametrize("method", ["cam", "gradcam"])
+@pytest.mark.parametrize("method", METHODS)
 def test_explaining_leaves_no_trace_in_the_model(method: str) -> None:
     need("captum")
     model = small_model().train()
@@ -206,6 +209,53 @@ def test_gradcam_at_an_earlier_unit_agrees_with_autograd(tap: str) -> None:
         np.testing.assert_allclose(found.map, wanted, rtol=1e-4, atol=1e-8)
         peaks.append(found.map.max())
     assert max(peaks) > 1e-5 and found.tap == tap
+
+
+@pytest.mark.parametrize(("op", "head"), KINDS)
+def test_at_the_last_map_layercam_and_gradcam_plus_plus_have_closed_forms(op: str, head: int) -> None:
+    """There the gradient of map k is g = w_k / (h w) everywhere, so that alpha = 1 / (2 + sum(A_k) g)."""
+    model, image = small_model(op, head), photo()
+    _, features = hooked(model, image)
+    pixels = features[0].size
+    for target in range(len(LABELS)):
+        w = model.classifier.weight.detach().numpy()[target] / pixels
+        layer, plus = (explain(model, image, method=method, target=target) for method in ("layercam", "gradcam++"))
+        wanted = np.maximum(np.tensordot(np.maximum(w, 0), features, axes=1), 0)
+        np.testing.assert_allclose(layer.map, wanted, rtol=1e-4, atol=1e-5)
+        alpha = 1 / (2 + features.sum((1, 2)) * w)
+        wanted = np.maximum(np.tensordot(pixels * alpha * np.maximum(w, 0), features, axes=1), 0)
+        np.testing.assert_allclose(plus.map, wanted, rtol=1e-3, atol=1e-4)
+        assert (layer.tap, plus.tap) == (("head", "head") if head else ("stages.0.1", "stages.0.1"))
+        assert layer.logit == plus.logit == pytest.approx(explain(model, image, target=target).logit, rel=1e-5)
+
+
+@pytest.mark.parametrize("tap", ["stem", "stages.0.0"])
+def test_layercam_and_gradcam_plus_plus_at_an_earlier_unit_are_their_papers_sums(tap: str) -> None:
+    """Written out pixel by pixel from autograd's gradients; all weights frozen."""
+    model, image = small_model(), photo()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    view = torch.from_numpy(prepare(image, model.preprocess))[None]
+    logits, taps = model.eval().taps(normalise(view, model.preprocess).requires_grad_(), [tap])
+    (gradient,) = torch.autograd.grad(logits[0, 1], taps[tap])
+    maps, slopes = taps[tap][0].detach().double().numpy(), gradient[0].double().numpy()
+    layer, plus = np.zeros(maps.shape[1:]), np.zeros(maps.shape[1:])
+    for a, g in zip(maps, slopes, strict=True):
+        layer += np.maximum(g, 0) * a
+        alpha = g**2 / (2 * g**2 + a.sum() * g**3)
+        plus += (alpha * np.maximum(g, 0)).sum() * a
+    found = explain(model, image, method="layercam", tap=tap, target=1)
+    np.testing.assert_allclose(found.map, np.maximum(layer, 0), rtol=1e-3, atol=1e-6 * np.abs(layer).max())
+    found = explain(model, image, method="gradcam++", tap=tap, target=1)
+    np.testing.assert_allclose(found.map, np.maximum(plus, 0), rtol=1e-2, atol=1e-4 * np.abs(plus).max())
+
+
+def test_a_map_without_gradient_has_no_weight() -> None:
+    maps, gradients = torch.rand(3, 2, 2), torch.zeros(3, 2, 2)
+    gradients[1] = 0.5
+    assert torch.equal(layercam(maps, torch.zeros(3, 2, 2)), torch.zeros(2, 2))
+    found = gradcam_plus_plus(maps, gradients)
+    torch.testing.assert_close(found, maps[1] * 4 * 0.5 / (2 + 0.5 * maps[1].sum()))
 
 
 def test_without_captum_gradcam_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

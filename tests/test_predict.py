@@ -1,23 +1,40 @@
 """Predictions row by row: real photographs in, one row each out, whatever is wrong with some of them."""
 
-import csv
 import importlib.resources
-import json
+import itertools
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import effnet.engine
+import effnet.inputs
 import effnet.predict
-from effnet.engine import evaluating, label_names, logits
+from effnet.bench import ready
+from effnet.engine import TorchEngine, evaluating, label_names, logits
+from effnet.families import get
 from effnet.images import ImageError, decode, normalise, prepare
+from effnet.inputs import Input, batched
 from effnet.network import Model, build
-from effnet.predict import BATCHES_AHEAD, Prediction, expand, predict, write_csv, write_json, write_table
+from effnet.predict import (
+    BATCHES_AHEAD,
+    MEMORY_SHARE,
+    MOST_IMAGES,
+    Prediction,
+    answers,
+    batch_that_fits,
+    identity,
+    map_bytes,
+    opened_on,
+    predict,
+)
 from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from effnet.value import UsageError
 from tests.conftest import need
@@ -118,18 +135,16 @@ def test_on_request_a_broken_file_stops_after_the_rows_before_it(photos: Path) -
 def test_a_path_that_does_not_exist_is_refused_before_any_image_is_read(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(effnet.predict, "decode", lambda path: pytest.fail("an image was read"))
+    monkeypatch.setattr(effnet.inputs, "decode", lambda path, name: pytest.fail("an image was read"))
     with pytest.raises(UsageError, match="nowhere"):
         predict(small_model(), [photos, tmp_path / "nowhere.png"])
 
 
 def test_a_folder_without_images_and_no_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=str(tmp_path)):
-        expand([tmp_path])
-    with pytest.raises(UsageError, match=str(tmp_path)):
         predict(small_model(), [tmp_path])
     with pytest.raises(UsageError, match="no image was named"):
-        expand([])
+        predict(small_model(), [])
 
 
 @pytest.mark.parametrize("wrong", [{"top_k": 0}, {"batch": 0}, {"workers": 0}, {"on_error": "ignore"}])
@@ -182,7 +197,7 @@ def test_logits_reach_the_network_channels_last_and_leave_as_float32_on_the_cpu(
 def test_images_are_decoded_a_bounded_number_of_batches_ahead(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Path] = []
     image = decode(photos / "brick.png")
-    monkeypatch.setattr(effnet.predict, "decode", lambda path: begun.append(path) or image)
+    monkeypatch.setattr(effnet.inputs, "decode", lambda path, name: begun.append(path) or image)
     rows = predict(small_model(), [photos / "brick.png"] * 40, batch=2)
     next(rows)
     time.sleep(0.3)  # long enough for all 40 views, were they asked for
@@ -198,50 +213,6 @@ def test_no_thread_is_left_when_the_caller_loses_interest(photos: Path) -> None:
     assert not any(thread.name.startswith("effnet-predict") for thread in threading.enumerate())
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-ROWS = [
-    Prediction(path="broken.png", error="is empty"),
-    Prediction(path='with "quotes", and comma.png', labels=("cat", "moon"), probabilities=(0.1 + 0.2, 1e-9)),
-    Prediction(path="naïve\udcff.png", labels=("rocket", "cat"), probabilities=(0.75, 0.25)),  # not UTF-8 on disk
-]
-
-
-def test_json_holds_every_field_of_every_row(tmp_path: Path) -> None:
-    write_json(tmp_path / "out.json", ROWS)
-    assert [Prediction.from_dict(row) for row in json.loads((tmp_path / "out.json").read_text())] == ROWS
-
-
-def test_json_of_no_rows_is_an_empty_list(tmp_path: Path) -> None:
-    write_json(tmp_path / "out.json", [])
-    assert json.loads((tmp_path / "out.json").read_text()) == []
-
-
-def test_csv_has_a_column_per_rank_and_loses_no_digit(tmp_path: Path) -> None:
-    write_csv(tmp_path / "new" / "out.csv", iter(ROWS))  # the folder is made
-    with (tmp_path / "new" / "out.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert list(table[0]) == ["path", "label", "probability", "label_2", "probability_2", "error"]
-    assert [row["path"] for row in table] == [row.path for row in ROWS]
-    assert table[0]["error"] == "is empty" and table[0]["label"] == table[0]["probability_2"] == ""
-    assert float(table[1]["probability"]) == 0.1 + 0.2 and float(table[1]["probability_2"]) == 1e-9
-    assert (table[2]["label"], table[2]["label_2"]) == ("rocket", "cat")
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "out.csv"
-    write_table(path, ["a"], [[1]])
-
-    def torn():
-        yield [2]
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError, match="power cut"):
-        write_table(path, ["a"], torn())
-    assert path.read_text() == "a\n1\n"
-    assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
-
-
 def test_a_prediction_has_either_labels_or_an_error() -> None:
     with pytest.raises(UsageError):
         Prediction(path="x")
@@ -249,6 +220,117 @@ def test_a_prediction_has_either_labels_or_an_error() -> None:
         Prediction(path="x", labels=("cat",), probabilities=(1.0,), error="is empty")
     with pytest.raises(UsageError):
         Prediction(path="x", labels=("cat",), probabilities=(0.5, 0.5))
+
+
+# --- streams and engines --------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """An engine that is no PyTorch model; it says what it was given."""
+
+    name, labels, preprocess = "constant", ("a", "b"), Preprocess(size=32, resize=36)
+
+    def __init__(self, answer: tuple[float, float] = (0.25, 0.75)) -> None:
+        self.answer, self.batches = answer, []
+
+    def __call__(self, views: np.ndarray) -> np.ndarray:
+        self.batches.append(views.shape)
+        return np.tile(np.array(self.answer, dtype=np.float32), (len(views), 1))
+
+
+def test_any_engine_predicts_and_has_already_chosen_its_device(photos: Path) -> None:
+    engine = Constant()
+    rows = list(predict(engine, [photos], top_k=1, batch=2))
+    assert [(row.labels, row.probabilities) for row in rows] == [(("b",), (0.75,))] * 5
+    assert engine.batches == [(2, 32, 32, 3), (2, 32, 32, 3), (1, 32, 32, 3)]
+    for wrong in ({"turns": True}, {"device": "cpu"}):
+        with pytest.raises(UsageError, match="when an engine is opened"):
+            predict(engine, [photos], **wrong)
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_row(photos: Path) -> None:
+    (row,) = predict(Constant((float("nan"), 0.5)), [photos / "coffee.png"])
+    assert row.labels == () and "NaN" in str(row.error)
+
+
+def test_a_batch_is_the_same_inputs_whatever_is_broken(photos: Path) -> None:
+    (photos / "a-broken.png").write_bytes(b"")
+    engine = Constant()
+    assert len(list(predict(engine, [photos], batch=2))) == 6
+    assert [shape[0] for shape in engine.batches] == [1, 2, 2]
+
+
+def test_of_an_endless_stream_only_a_few_batches_are_taken(photos: Path) -> None:
+    taken = []
+
+    def endless():
+        for number in itertools.count():
+            taken.append(number)
+            yield Input(str(number), photos / "brick.png")
+
+    rows = answers(Constant(), batched(endless(), 3), top_k=1)
+    for _ in range(4):
+        next(rows)
+    assert len(taken) == 3 * (4 + BATCHES_AHEAD)
+    rows.close()
+
+
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_b0", 64), ("efficientnetv2_b0", 64), ("resnet18", 128)])
+def test_the_estimate_of_map_memory_is_close_above_what_pytorch_allocates(name: str, size: int) -> None:
+    network = get(name)
+    model = ready(network)
+
+    def peak(images: int) -> float:
+        x = torch.randn(images, 3, size, size).to(memory_format=torch.channels_last)
+        with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            model(x)
+        held = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(held))
+
+    more = (peak(12) - peak(8)) / 4  # what does not grow with the batch is not of maps
+    assert 0.95 * more <= map_bytes(network, size) <= 1.4 * more
+
+
+def test_the_batch_is_the_largest_power_of_two_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    engine = TorchEngine(name="small", model=model)
+    image = map_bytes(model.network, 32)
+    for images, wanted in ((0.5, 1), (1, 1), (5, 4), (8, 8), (1e9, MOST_IMAGES["cpu"])):
+        monkeypatch.setattr(effnet.predict, "memory_bytes", lambda device, n=images: n * image / MEMORY_SHARE)
+        assert batch_that_fits(engine) == wanted
+    monkeypatch.setattr(effnet.predict, "memory_bytes", lambda device: 100 * image / MEMORY_SHARE)
+    assert batch_that_fits(Constant()) < batch_that_fits(engine), "an unknown network is taken for a large one"
+
+
+def test_the_identity_of_an_engine_changes_with_whatever_decides_its_answers() -> None:
+    def of(model: Model, **options) -> str:
+        return identity(TorchEngine(name="small", model=model, **options))
+
+    first = of(small_model())
+    assert first == of(small_model()) and first.startswith("small (")
+    nudged, renamed, cropped = small_model(), small_model(LABELS[::-1]), small_model()
+    with torch.no_grad():
+        nudged.classifier.bias[0] += 1e-6
+    cropped.network = cropped.network.replace(preprocess=cropped.preprocess.replace(resize=40))
+    assert len({first, of(nudged), of(renamed), of(cropped), of(small_model(), turns=True)}) == 5
+    made = [identity(Exported(card=card, run=lambda views: views)) for card in ("weights 1", "weights 1", "weights 2")]
+    assert made[0] == made[1] != made[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Constant):
+    """As an exported file opens: what it says of itself, and a function."""
+
+    card: str
+    run: Callable[[np.ndarray], np.ndarray]
+
+
+def test_an_engine_that_is_no_model_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effnet.predict, "open_engine", lambda where, turns: Constant())
+    for device in (None, "auto", "cpu"):
+        assert opened_on("x.onnx", device=device).name == "constant"
+    with pytest.raises(UsageError, match=r"x\.onnx \(constant\) cannot be moved to cuda"):
+        opened_on("x.onnx", device="cuda")
 
 
 # --- averaging over turns -------------------------------------------------------------------------------------------
