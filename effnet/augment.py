@@ -450,34 +450,48 @@ def _with_noise(
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def mixup(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+Share = tuple[
+    int, np.ndarray
+]  # of a larger batch: its images, and the places in it of those at hand, ascending by half
+
+
+def mixup(
+    batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """Each image with the one at the mirrored place of the batch: w * own + (1 - w) * other; the targets likewise.
 
     `batch`: float (N, C, H, W); `targets`: float (N, K). w ~ Beta(alpha, alpha) per image, folded to max(w, 1 - w), so
-    that an image stays mostly itself. `alpha` 0: nothing changes.
+    that an image stays mostly itself. `alpha` 0: nothing changes. `share`: `batch` is a part of a larger one, (images,
+    places of these), that holds every image's mirrored one; draws are made for all and used by place.
     """
     check_range("mixup alpha", alpha, 0)
     if alpha == 0:
         return batch, targets
-    weight = torch.from_numpy(rng.beta(alpha, alpha, len(batch)))
+    count, places = share or (len(batch), np.arange(len(batch)))
+    weight = torch.from_numpy(rng.beta(alpha, alpha, count)[places])
     weight = torch.maximum(weight, 1 - weight).to(batch.device, torch.float32)
     mixed = torch.lerp(batch.flip(0), batch, weight.view(-1, 1, 1, 1).to(batch.dtype))
     return mixed, torch.lerp(targets.flip(0), targets, weight.view(-1, 1).to(targets.dtype))
 
 
-def cutmix(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def cutmix(
+    batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator, share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """Each image with a rectangle of the one at the mirrored place; the targets by the area that was really pasted.
 
-    Shapes as `mixup`. The rectangle has the image's aspect, sides of sqrt(1 - Beta(alpha, alpha)) and a uniform centre,
-    and is clipped at the borders. `alpha` 0: nothing changes.
+    Shapes and `share` as in `mixup`. The rectangle has the image's aspect, sides of sqrt(1 - Beta(alpha, alpha)) and a
+    uniform centre, and is clipped at the borders. `alpha` 0: nothing changes.
     """
     check_range("cutmix alpha", alpha, 0)
     if alpha == 0:
         return batch, targets
+    total, places = share or (len(batch), np.arange(len(batch)))
     count, _, height, width = batch.shape
     mixed, pasted = batch.clone(), torch.empty(count, 1, dtype=targets.dtype)
-    for i, ratio in enumerate(np.sqrt(1 - rng.beta(alpha, alpha, count))):
-        x, y = int(rng.integers(width)), int(rng.integers(height))
+    ratios = np.sqrt(1 - rng.beta(alpha, alpha, total))
+    centres = [(int(rng.integers(width)), int(rng.integers(height))) for _ in range(total)]
+    for i, place in enumerate(places):
+        (x, y), ratio = centres[place], ratios[place]
         half_width, half_height = int(ratio * width) // 2, int(ratio * height) // 2
         columns = slice(max(0, x - half_width), min(width, x + half_width))
         rows = slice(max(0, y - half_height), min(height, y + half_height))
@@ -487,12 +501,26 @@ def cutmix(batch: Tensor, targets: Tensor, alpha: float, rng: np.random.Generato
 
 
 def mix(
-    batch: Tensor, targets: Tensor, *, mixup_alpha: float, cutmix_alpha: float, rng: np.random.Generator
+    batch: Tensor,
+    targets: Tensor,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    rng: np.random.Generator,
+    share: Share | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mixup on the first half of the batch and cutmix on the second; where one `alpha` is 0, the other on all of it."""
     if not (mixup_alpha and cutmix_alpha):
-        return cutmix(*mixup(batch, targets, mixup_alpha, rng), cutmix_alpha, rng)
-    half = len(batch) // 2
-    blended = mixup(batch[:half], targets[:half], mixup_alpha, rng)
-    pasted = cutmix(batch[half:], targets[half:], cutmix_alpha, rng)
+        return cutmix(*mixup(batch, targets, mixup_alpha, rng, share), cutmix_alpha, rng, share)
+    total, places = share or (len(batch), np.arange(len(batch)))
+    middle = total // 2
+    half = int((places < middle).sum())
+    early, late = (middle, places[:half]), (total - middle, places[half:] - middle)
+    blended = mixup(batch[:half], targets[:half], mixup_alpha, rng, early)
+    pasted = cutmix(batch[half:], targets[half:], cutmix_alpha, rng, late)
     return torch.cat([blended[0], pasted[0]]), torch.cat([blended[1], pasted[1]])
+
+
+def mirrored(mixup_alpha: float, cutmix_alpha: float) -> int:
+    """How many places of a batch `mix` ties together: a share must hold 1, 2 or 4 at a time."""
+    return (2 if mixup_alpha or cutmix_alpha else 1) * (2 if mixup_alpha and cutmix_alpha else 1)

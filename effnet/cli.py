@@ -14,9 +14,9 @@ import io
 import json
 import sys
 import warnings
+from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -271,15 +271,20 @@ def train(
     time_budget: TimeBudget = None,
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/DATA-MODEL.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that folder, exactly.")] = False,
+    save_every: Annotated[int, typer.Option(min=0, help="Save after so many steps too; 0: after each epoch.")] = 0,
     split_seed: SplitSeed = SPLIT_SEED,
     val_fraction: ValFraction = VAL_FRACTION,
     device: Device = "auto",
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trains MODEL on DATA into a run folder. Ctrl-C saves; the same command with --resume goes on from there."""
+    """Trains MODEL on DATA into a run folder. Ctrl-C saves; the same command with --resume goes on from there.
+
+    On several processes: torchrun --nproc_per_node=N -m effnet train ...
+    """
+    from effnet import cluster
     from effnet.plan import Plan
-    from effnet.train import Interrupted, training
+    from effnet.train import Diverged, Interrupted, training
 
     job = arguments.job(
         data, model, pretrained=pretrained, pretrained_from=pretrained_from, recipe=recipe, settings=settings,
@@ -287,22 +292,36 @@ def train(
     )  # fmt: skip
     run = out or Path("runs") / f"{arguments.slug(data)}-{arguments.slug(model)}"
     where = arguments.device(device)
-    if time_budget and resume and (run / "recipe.json").exists():
-        job = replace(job, recipe=Recipe.from_json((run / "recipe.json").read_text()), why="the recipe as it was begun")
-    else:
-        job, _ = arguments.in_time(job, time_budget, where)
     weights = pretrained_from or (model if pretrained else "")
-    options: dict[str, Any] = {"resume": resume, "device": where, "workers": workers, "weights": weights}
+    options: dict[str, Any] = {"resume": resume, "workers": workers, "weights": weights, "save_every": save_every}
     people, event = display.console(stderr=as_json), {}
-    display.show_note(people, job.why)
-    try:
-        with display.training_view(people, lambda: Plan.from_json((run / "plan.json").read_text())) as view:
-            for event in training(job.splits, job.model, job.recipe, run, **options):
-                if event["event"] == "start":
-                    arguments.keep_cut(run, split_seed, val_fraction)
-                view.show(event)
-    except Interrupted as error:
-        raise typer.Exit(_failed(str(error), 128 + error.signal)) from None
+
+    def fitted() -> tuple[Recipe, str]:
+        if time_budget and (resume or cluster.restarts()) and (run / "recipe.json").exists():
+            return Recipe.from_json((run / "recipe.json").read_text()), "the recipe as it was begun"
+        timed, _ = arguments.in_time(job, time_budget, here)
+        return timed.recipe, timed.why
+
+    with cluster.joined(where) as here:
+        told, why = cluster.first(fitted)
+        events = training(job.splits, job.model, told, run, device=here, **options)
+        try:
+            if cluster.rank():  # the first process speaks and writes for all
+                deque(events, maxlen=0)
+                return
+            display.show_note(people, why)
+            with display.training_view(people, lambda: Plan.from_json((run / "plan.json").read_text())) as view:
+                for event in events:
+                    if event["event"] == "start":
+                        arguments.keep_cut(run, split_seed, val_fraction)
+                    view.show(event)
+        except Interrupted as error:
+            code = 128 + error.signal
+            raise typer.Exit(code if cluster.rank() else _failed(str(error), code)) from None
+        except (cluster.Elsewhere, Diverged):  # the first process says it
+            if cluster.rank():
+                raise typer.Exit(2) from None
+            raise
     ending = {key: event[key] for key in ("best_epoch", "metrics", "seconds")}
     document = {"run": str(run), "checkpoint": str(run / "best.safetensors"), **ending}
     answer(document, as_json, lambda: display.show_end(people, document))

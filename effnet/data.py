@@ -55,23 +55,49 @@ def steps(n: int, *, batch: int, train: bool = True) -> int:
     return max(n // batch, 1) if train else -(-n // batch)
 
 
-def order(n: int, *, seed: int, epoch: int, batch: int, world: int = 1, rank: int = 0) -> np.ndarray:
+def order(n: int, *, seed: int, epoch: int, batch: int, world: int = 1, rank: int = 0, mirrored: int = 1) -> np.ndarray:
     """Sample indices of one training epoch on one rank, int64 (steps, batch / world).
 
-    `batch` is the global one; its slices on the `world` ranks are disjoint, and row s of all ranks together is the same
-    set for every `world`. What is left over after whole batches differs from epoch to epoch.
+    `batch` is the global one; its shares on the `world` ranks are disjoint, and row s of all ranks together is the same
+    set for every `world`. What is left over after whole batches differs from epoch to epoch. `mirrored`: see `share`.
 
     >>> order(6, seed=0, epoch=0, batch=4).shape, order(6, seed=0, epoch=0, batch=4, world=2, rank=1).shape
     ((1, 4), (1, 2))
     """
     check_range("number of samples", n, 1)
     check_range("batch", batch, 1)
-    check_range("rank", rank, 0, world - 1)
     batch = min(batch, n)
-    if batch % world:
-        raise UsageError(f"a batch of {batch} cannot be shared equally by {world} processes.")
+    places = share(batch, world=world, rank=rank, mirrored=mirrored)
     shuffled = _stream(seed, epoch, ORDER).permutation(n)[: n // batch * batch]
-    return shuffled.reshape(-1, batch)[:, rank * batch // world : (rank + 1) * batch // world]
+    return shuffled.reshape(-1, batch)[:, places]
+
+
+def share(batch: int, *, world: int = 1, rank: int = 0, mirrored: int = 1) -> np.ndarray:
+    """The places of a batch of `batch` images that one of `world` processes computes, int64 (batch / world,).
+
+    Mixup and cutmix use the image at the mirrored place, so that one must be in the same share. `mirrored` 1: a slice.
+    2: a slice of the first half and its mirror image in the second. 4: mirrored also within each half, for batches of
+    which one half is mixed and the other cut. `UsageError` when the batch cannot be shared equally.
+
+    >>> share(8, world=2, rank=0).tolist(), share(8, world=2, rank=0, mirrored=2).tolist()
+    ([0, 1, 2, 3], [0, 1, 6, 7])
+    >>> share(8, world=2, rank=1, mirrored=4).tolist()
+    [1, 2, 5, 6]
+    """
+    check_range("rank", rank, 0, world - 1)
+    if world == 1:
+        return np.arange(batch)
+    if batch % (world * mirrored):
+        mixed = f", {mirrored} mirrored images at a time (mixup, cutmix)" if mirrored > 1 else ""
+        raise UsageError(f"a batch of {batch} cannot be shared equally by {world} processes{mixed}.")
+    length = batch // (world * mirrored)
+    run = np.arange(rank * length, (rank + 1) * length)
+    if mirrored == 1:
+        return run
+    if mirrored == 2:
+        return np.concatenate([run, batch - 1 - run[::-1]])
+    half = batch // 2
+    return np.concatenate([run, half - 1 - run[::-1], half + run, batch - 1 - run[::-1]])
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -212,7 +238,8 @@ def _thrice(grey: np.ndarray) -> np.ndarray:
 class Batch:
     """B views and what is known of them. `images` uint8 (B, S, S, 3); `labels` int64 (B,); `targets` float32 (B, K).
 
-    `weights` float32 (B,); `indices` int64 (B,): positions in the source; `skipped`: (id, reason) of what was left out.
+    `weights` float32 (B,); `indices` int64 (B,): positions in the source; `places` int64 (B,): positions in the global
+    batch, of which this may be a share; `skipped`: (id, reason) of what was left out.
     """
 
     images: Tensor
@@ -220,6 +247,7 @@ class Batch:
     targets: Tensor
     weights: Tensor
     indices: Tensor
+    places: Tensor
     skipped: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
@@ -305,13 +333,14 @@ def batches(
     soft: bool = False,
     rank: int = 0,
     world: int = 1,
+    mirrored: int = 1,
 ) -> Iterator[Batch]:
     """The batches of one epoch, from step `start_step` on, made ahead of time by `workers`.
 
     Training: views by `crop`, `least_area`, `policy` and `magnitude` in the order of `order`; `batch` is the global
-    one. Evaluation: `preprocess` at `size_px`, every sample once and in order, the last batch short, batches dealt to
-    ranks in turn. `workers` 0 makes each batch when it is asked for, None leaves the number to `default_workers`.
-    `soft`: targets are the source's soft ones instead of one-hot.
+    one, of which this process gets its `share`. Evaluation: `preprocess` at `size_px`, every sample once and in order,
+    the last batch short, batches dealt to ranks in turn. `workers` 0 makes each batch when it is asked for, None leaves
+    the number to `default_workers`. `soft`: targets are the source's soft ones instead of one-hot.
 
     `ImageError` naming the file under `on_error="error"`; `UsageError` when `skip` has left out more than 1 % of the
     source (at least 10 files) or a whole batch.
@@ -339,11 +368,14 @@ def batches(
     )
     if train:
         native.picture_library()  # built once, before several workers would
-        rows = list(order(len(source), seed=seed, epoch=epoch, batch=batch, world=world, rank=rank))
+        keyed = {"seed": seed, "epoch": epoch}
+        rows = list(order(len(source), **keyed, batch=batch, world=world, rank=rank, mirrored=mirrored))
+        places = share(min(batch, len(source)), world=world, rank=rank, mirrored=mirrored)
     else:
         rows = [np.arange(i, min(i + batch, len(source))) for i in range(0, len(source), batch)][rank::world]
+        places = np.arange(batch)
     rows = rows[start_step:]
-    return _assembled(source, rows, _made(views, rows, workers, by), on_error=on_error, soft=soft)
+    return _assembled(source, rows, places, _made(views, rows, workers, by), on_error=on_error, soft=soft)
 
 
 def default_workers(world: int = 1) -> int:
@@ -357,7 +389,7 @@ def default_workers(world: int = 1) -> int:
 
 
 def _assembled(
-    source: Source, rows: Sequence[np.ndarray], made: Iterator[Made], *, on_error: str, soft: bool
+    source: Source, rows: Sequence[np.ndarray], places: np.ndarray, made: Iterator[Made], *, on_error: str, soft: bool
 ) -> Iterator[Batch]:
     """Applies the policy and adds what is known of each sample. Runs in the caller, so its decisions come in order."""
     ceiling = max(SKIP_FILES, int(len(source) * SKIP_FRACTION))
@@ -369,10 +401,11 @@ def _assembled(
         skipped |= dict(left_out)
         if len(skipped) > ceiling or len(failures) == len(indices):
             raise UsageError(_too_many(source, skipped, ceiling))
+        at = places[: len(indices)]
         if failures:
             good = np.setdiff1d(np.arange(len(indices)), list(failures))
-            indices, images = indices[good], images[good]
-        yield _batch(source, indices, images, soft, left_out)
+            indices, images, at = indices[good], images[good], at[good]
+        yield _batch(source, indices, at, images, soft, left_out)
 
 
 def _too_many(source: Source, skipped: dict[str, str], ceiling: int) -> str:
@@ -384,7 +417,12 @@ def _too_many(source: Source, skipped: dict[str, str], ceiling: int) -> str:
 
 
 def _batch(
-    source: Source, indices: np.ndarray, images: np.ndarray, soft: bool, skipped: tuple[tuple[str, str], ...]
+    source: Source,
+    indices: np.ndarray,
+    places: np.ndarray,
+    images: np.ndarray,
+    soft: bool,
+    skipped: tuple[tuple[str, str], ...],
 ) -> Batch:
     labels = source.labels[indices]
     hard = (labels[:, None] == np.arange(len(source.classes))).astype(np.float32)  # (B, K), no column when unlabelled
@@ -394,6 +432,7 @@ def _batch(
         targets=torch.from_numpy(source.soft[indices] if soft and source.soft is not None else hard),
         weights=torch.from_numpy(source.weights[indices]),
         indices=torch.from_numpy(indices),
+        places=torch.from_numpy(places),
         skipped=skipped,
     )
 

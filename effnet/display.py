@@ -269,11 +269,16 @@ def show_plan(out: Console, todo: "Plan") -> None:
     if todo.recipe.policy != "randaugment":
         out.print(f"Views are changed by {todo.recipe.policy} instead of RandAugment.")
     out.print(
-        f"{todo.train_images} images to train on, {todo.val_images} to validate on at {todo.preprocess.size} px. "
+        f"{todo.train_images} images to train on, {_validated(todo)} at {todo.preprocess.size} px. "
         f"{todo.params:,} parameters; {todo.precision} on {escape(todo.device)}, {todo.threads} threads; "
         f"up to {in_bytes(todo.disk_bytes)} of checkpoints."
     )
     out.print(f"Expected time: {duration(todo.seconds)}, as timed just now on images in memory.", style="bold")
+
+
+def _validated(todo: "Plan") -> str:
+    """How many images choose the epoch that is kept."""
+    return f"{todo.val_images} to validate on" if todo.val_images else "none to validate on (the last epoch is kept)"
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -281,10 +286,13 @@ def show_plan(out: Console, todo: "Plan") -> None:
 
 def show_end(out: Console, document: Mapping[str, Any]) -> None:
     """How a training run ended: the best epoch and what to do with it."""
-    name = _headline(document["metrics"])
-    validated = f"{name.replace('_', ' ')} {metric(name, document['metrics'][name])}"
     when = f"epoch {document['best_epoch'] + 1}, {duration(document['seconds'])} in all"
-    out.print(f"best on the validation images: {validated} ({when})", style="bold")
+    said = f"kept: the last epoch, there are no validation images ({when})"
+    if document["metrics"]:
+        name = _headline(document["metrics"])
+        validated = f"{name.replace('_', ' ')} {metric(name, document['metrics'][name])}"
+        said = f"best on the validation images: {validated} ({when})"
+    out.print(said, style="bold")
     out.print(f"{document['checkpoint']}", markup=False, soft_wrap=True)
     out.print(f"next: effnet eval {document['run']} DATA, effnet report {document['run']}", style="dim", markup=False)
 
@@ -518,6 +526,8 @@ class TrainingView:
             "epoch": self._epoch,
             "skip": self._skip,
             "early_stop": self._early_stop,
+            "save": self._save,
+            "rollback": self._rollback,
         }
         if event["event"] in kinds:
             kinds[event["event"]](event)
@@ -552,13 +562,13 @@ class TrainingView:
             self.bar.update(task, completed=self.pace.done_s, words=words)
 
     def _epoch(self, event: Mapping[str, Any]) -> None:
-        name = _headline(event["val"])
-        judged = f"validation {metric(name, event['val'][name])}, nll {metric('nll', event['val']['nll'])}"
-        took = duration(self.tally.seconds + event["seconds"])
-        words = f"epoch {self._epoch_number(event)}: loss {event['train_loss']:.4f}, {judged}, {self.tally.speed}"
-        self.out.print(f"{words}, {took}{', best' if event['best'] else ''}", style="bold" if event["best"] else None)
-        for problem in event.get("save_failed", ()):
-            self.out.print(f"not saved: {escape(problem)}", style="bold red")
+        words = f"epoch {self._epoch_number(event)}: loss {event['train_loss']:.4f}, "
+        best = event["val"] and event["best"]
+        if event["val"]:
+            name = _headline(event["val"])
+            words += f"validation {metric(name, event['val'][name])}, nll {metric('nll', event['val']['nll'])}, "
+        words += f"{self.tally.speed}, {duration(self.tally.seconds + event['seconds'])}"
+        self.out.print(f"{words}{', best' if best else ''}", style="bold" if best else None)
         self.tally = Tally()
 
     def _epoch_number(self, event: Mapping[str, Any]) -> str:
@@ -566,6 +576,13 @@ class TrainingView:
 
     def _skip(self, event: Mapping[str, Any]) -> None:
         self.out.print(f"left out {escape(event['image'])}: {escape(event['reason'])}", style="yellow")
+
+    def _save(self, event: Mapping[str, Any]) -> None:
+        self.out.print(f"not saved: {escape(' '.join(event['save_failed']))}", style="bold red")
+
+    def _rollback(self, event: Mapping[str, Any]) -> None:
+        words = f"back to step {event['step']} with {event['rate_factor']:g} of the learning rate"
+        self.out.print(f"{escape(event['reason'])}: {words} ({event['rollbacks']} of {event['most']})", style="yellow")
 
     def _early_stop(self, event: Mapping[str, Any]) -> None:
         self.out.print(f"stopped early: {event['patience']} epochs without a better one")

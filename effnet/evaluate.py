@@ -15,7 +15,7 @@ The metrics:
 A number that is not defined (AUROC of a group that holds one class) is None.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import classification as tm
 
+from effnet import cluster
 from effnet.data import batches
 from effnet.engine import evaluating, logits
 from effnet.network import Model
@@ -161,6 +162,10 @@ class Evaluation(Value):
 # --- from a model to scores -----------------------------------------------------------------------------------------
 
 
+class Unfinished(Exception):
+    """`evaluate` was asked to stop before it had seen every image."""
+
+
 def evaluate(
     model: Model,
     source: Source,
@@ -172,10 +177,27 @@ def evaluate(
     bootstrap: int = RESAMPLES,
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """`predict_source`, then `measure`: the arguments and errors are theirs."""
-    scores = predict_source(model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch)
-    return measure(scores, bootstrap=bootstrap, seed=seed)
+    """`predict_source`, then `measure`: the arguments and errors are theirs.
+
+    Processes that train together take the batches in turn, and all get the same numbers: every image counts once,
+    whatever their number. `stop` is asked after each batch; once it says yes, anywhere, `Unfinished` is raised.
+    """
+    turn = {"rank": cluster.rank(), "world": cluster.world()}
+    mine = _outputs(
+        model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch, stop=stop, **turn
+    )
+    parts = cluster.gathered(mine)
+
+    def judged() -> Evaluation | None:
+        outputs = [output for part in parts for output in part]
+        whole = sum(len(indices) for indices, _ in outputs) == len(source)
+        return measure(_scores(source, outputs), bootstrap=bootstrap, seed=seed) if whole else None
+
+    if (evaluation := cluster.first(judged)) is None:
+        raise Unfinished
+    return evaluation
 
 
 def predict_source(
@@ -195,26 +217,55 @@ def predict_source(
     when the class lists differ; `ImageError` for an image that cannot be decoded: a metric that leaves images out would
     not be comparable.
     """
+    outputs = _outputs(model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch)
+    return _scores(source, outputs)
+
+
+Output = tuple[np.ndarray, np.ndarray]  # of one batch: positions in the source (B,), logits (B, K)
+
+
+def _outputs(
+    model: Model,
+    source: Source,
+    *,
+    batch: int,
+    workers: int | None,
+    device: str | torch.device | None,
+    turns: bool,
+    on_batch: Callable[[int, int], None] | None,
+    stop: Callable[[], bool] = lambda: False,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Output]:
+    """What the model says to the batches whose turn it is; fewer when `stop` says yes."""
     check_classes(model, source)
     if device is not None:
         model.to(device)
     preprocess = model.preprocess
-    seen, outputs = [], []
+    seen: list[Output] = []
     with evaluating(model):
         for part in batches(
-            source, size_px=preprocess.size, batch=batch, preprocess=preprocess, train=False, workers=workers
-        ):
-            seen.append(part.indices)
-            outputs.append(logits(model, part.images, turns=turns))
+            source, size_px=preprocess.size, batch=batch, preprocess=preprocess, train=False, workers=workers,
+            rank=rank, world=world,
+        ):  # fmt: skip
+            if stop():
+                break
+            seen.append((part.indices.numpy(), logits(model, part.images, turns=turns).numpy()))
             if on_batch is not None:
-                on_batch(sum(map(len, seen)), len(source))
-    order = torch.cat([torch.as_tensor(indices) for indices in seen]).numpy()
+                on_batch(sum(len(indices) for indices, _ in seen), len(source))
+    return seen
+
+
+def _scores(source: Source, outputs: Sequence[Output]) -> Scores:
+    """The outputs in the order of `source`."""
+    outputs = sorted(outputs, key=lambda output: int(output[0][0]))
+    order = np.concatenate([indices for indices, _ in outputs])
     assert np.array_equal(order, np.arange(len(source))), "an image was left out, repeated or moved"
     return Scores(
         source=source.name,
         classes=source.classes,
         ids=source.ids,
-        logits=torch.cat(outputs).numpy(),
+        logits=np.concatenate([values for _, values in outputs]),
         labels=source.labels,
         weights=source.weights,
         soft=source.soft,

@@ -150,51 +150,70 @@ def squeeze_excite(unit: Unit, network: Network) -> nn.Module:
     return nn.Identity() if reduce is None or expand is None else SqueezeExcite(reduce, expand, network)
 
 
-def drop_path(x: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
+Share = tuple[int, Tensor]  # of a whole batch: how many images it has, and which of them (int64) a forward pass sees
+
+
+def uniform(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None, share: Share | None = None
+) -> Tensor:
+    """U[0, 1) of `shape`, a row per image; with `share` the rows of those images among the draws for the whole batch.
+
+    So an image gets the same draws whether its batch is computed at once, in parts or by several processes.
+    """
+    if share is None:
+        return torch.rand(shape, generator=generator, device=device)
+    count, places = share
+    return torch.rand((count, *shape[1:]), generator=generator, device=device)[places.to(device)]
+
+
+def drop_path(x: Tensor, rate: float, generator: torch.Generator | None = None, share: Share | None = None) -> Tensor:
     """Each sample of `x` (N, ...) becomes 0 with probability `rate`, else it is divided by `1 - rate`.
 
     Stochastic depth, written as the official code does: floor(keep + U[0, 1)) / keep per sample. `rate`: in [0, 1).
-    `generator`: any device; PyTorch's global one if None.
+    `generator`: any device; PyTorch's global one if None. `share`: see `uniform`.
     """
     keep = 1.0 - rate
     shape, device = (x.shape[0], *[1] * (x.ndim - 1)), generator.device if generator is not None else x.device
-    survives = torch.floor(keep + torch.rand(shape, generator=generator, device=device))
+    survives = torch.floor(keep + uniform(shape, device, generator, share))
     return x * (survives / keep).to(x)
 
 
-def dropout(x: Tensor, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """`F.dropout` (element-wise), from a given generator of any device; PyTorch's global one if None."""
-    if generator is None:
+def dropout(x: Tensor, rate: float, generator: torch.Generator | None = None, share: Share | None = None) -> Tensor:
+    """`F.dropout` (element-wise), from a given generator of any device (else PyTorch's global one), for a `share`."""
+    if generator is None and share is None:
         return F.dropout(x, rate)
-    survives = torch.rand(x.shape, generator=generator, device=generator.device) >= rate
+    device = generator.device if generator is not None else x.device
+    survives = uniform(tuple(x.shape), device, generator, share) >= rate
     return x * (survives / (1.0 - rate)).to(x)
 
 
 class DropPath(nn.Module):
-    """`drop_path` in training, nothing in evaluation. `rate` and `generator` may be set at any time."""
+    """`drop_path` in training, nothing in evaluation. `rate`, `generator` and `share` may be set at any time."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.generator: torch.Generator | None = None
+        self.share: Share | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.rate, self.generator) if self.training and self.rate else x
+        return drop_path(x, self.rate, self.generator, self.share) if self.training and self.rate else x
 
     def extra_repr(self) -> str:
         return f"{self.rate:g}"
 
 
 class Dropout(nn.Module):
-    """`dropout` in training, nothing in evaluation. `rate` and `generator` may be set at any time."""
+    """`dropout` in training, nothing in evaluation. `rate`, `generator` and `share` may be set at any time."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.generator: torch.Generator | None = None
+        self.share: Share | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.rate, self.generator) if self.training and self.rate else x
+        return dropout(x, self.rate, self.generator, self.share) if self.training and self.rate else x
 
     def extra_repr(self) -> str:
         return f"{self.rate:g}"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from effnet.layers import BLOCKS, ConvNorm, Dropout, DropPath, Stem
+from effnet.layers import BLOCKS, ConvNorm, Dropout, DropPath, Share, Stem
 from effnet.spec import Network, Preprocess, resolve
 from effnet.value import UsageError, nearest
 
@@ -148,6 +148,12 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, Dropout | DropPath):
                 module.generator = generator
+
+    def set_share(self, share: Share | None) -> None:
+        """Says which images of a larger batch the next forward passes see, so that dropout and drop path agree."""
+        for module in self.modules():
+            if isinstance(module, Dropout | DropPath):
+                module.share = share
 
 
 def build(network: Network, *, generator: torch.Generator | None = None) -> Model:

@@ -268,6 +268,7 @@ def fuses(x: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether `norm_act` may stand for `norm` and the activation behind it: in training, where kernels take `x`."""
     return (
         norm.training
+        and type(norm) is nn.BatchNorm2d  # one that several processes share has moments of its own
         and norm.track_running_stats
         and norm.momentum is not None
         and norm.weight.dtype == torch.float32

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from effnet import native
+from effnet import cluster, native
 from effnet.cost import cost
 from effnet.network import Model
 from effnet.optim import set_learning
@@ -111,7 +111,9 @@ def plan(
             phase=phase,
             steps=phase.epochs * steps_per_epoch(train_images, phase.batch),
             macs=cost(network, phase.size_px).macs,
-            training_bytes=memory(recipe, network, phase.size_px, phase.batch, watch.precision),
+            training_bytes=memory(
+                recipe, network, phase.size_px, at_once(phase.batch, recipe.accumulate), watch.precision
+            ),
             images_per_s=phase.batch / step_s,
             seconds=seconds,
         )
@@ -137,8 +139,9 @@ def _timed(
     recipe: Recipe, network: Network, train_images: int, val_images: int, timing: Timing
 ) -> Iterator[tuple[Phase, float]]:
     """Each phase with its seconds, a validation after each epoch included."""
-    evaluation = timing(run_preprocess(network, recipe).size, min(recipe.batch, train_images), False)
-    validation = evaluation * val_images / min(recipe.batch, train_images)
+    validation, at_once = 0.0, min(recipe.batch, train_images)
+    if val_images:
+        validation = timing(run_preprocess(network, recipe).size, at_once, False) * val_images / at_once
     for phase in phases(recipe, network, train_images):
         step_s = timing(phase.size_px, phase.batch, not phase.head_only)
         yield phase, phase.epochs * (steps_per_epoch(train_images, phase.batch) * step_s + validation)
@@ -213,23 +216,33 @@ def told(before: Recipe, after: Recipe, network: Network) -> str:
 
 @dataclass(kw_only=True)
 class Stopwatch:
-    """Times steps of a copy of the model in the chosen `precision`; each (size, batch, train or not) only once."""
+    """Times steps of a copy of the model in the chosen `precision`; each (size, batch, train or not) only once.
+
+    What is timed is one of the `accumulate` parts of this process's share of the batch.
+    """
 
     model: Model
     precision: Precision
     device: str
     steps: int
+    accumulate: int = 1
     known: dict[tuple[int, int, bool], float] = field(default_factory=dict)
 
     def __call__(self, size_px: int, batch: int, train: bool) -> float:
         """Seconds of a step, or of a forward pass."""
         key = (size_px, batch, train)
         if key not in self.known:
-            steps = self.steps if train else 1
-            self.known[key] = step_seconds(
-                self.model, size_px, batch, self.precision, self.device, train=train, steps=steps
+            steps, parts = (self.steps, self.accumulate) if train else (1, 1)
+            part = at_once(batch, parts)
+            self.known[key] = parts * step_seconds(
+                self.model, size_px, part, self.precision, self.device, train=train, steps=steps
             )
         return self.known[key]
+
+
+def at_once(batch: int, accumulate: int) -> int:
+    """How many images of a batch one process computes together."""
+    return max(1, batch // (cluster.world() * accumulate))
 
 
 def stopwatch(
@@ -239,18 +252,20 @@ def stopwatch(
     if train_images < 2:
         raise UsageError(f"the training split has {train_images} images; training needs at least 2.")
     rows = phases(recipe, network, train_images)
-    room = memory_bytes(device)
+    room = memory_bytes(device) // (1 if device.startswith("cuda") else cluster.local_world())
     for phase in rows:
-        if memory(recipe, network, phase.size_px, phase.batch) > room:
-            raise UsageError(f"{device}: {too_large(recipe, network, phase.size_px, phase.batch, room)}")
+        batch = at_once(phase.batch, recipe.accumulate)
+        if memory(recipe, network, phase.size_px, batch) > room:
+            parts = cluster.world() * recipe.accumulate
+            raise UsageError(f"{device}: {too_large(recipe, network, phase.size_px, batch, room, parts=parts)}")
     if device == "cpu":
         native.keep_freed_memory()  # as training does, so that it is timed
     probe = copy.deepcopy(model).to(device).train()
     set_learning(probe, freeze=recipe.freeze)
     precision = recipe.precision
     if precision == "auto":
-        precision = quickest_precision(probe, rows[-1].size_px, rows[-1].batch, device)
-    return Stopwatch(model=probe, precision=precision, device=device, steps=steps)
+        precision = quickest_precision(probe, rows[-1].size_px, at_once(rows[-1].batch, recipe.accumulate), device)
+    return Stopwatch(model=probe, precision=precision, device=device, steps=steps, accumulate=recipe.accumulate)
 
 
 def memory_bytes(device: str) -> int:

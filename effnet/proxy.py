@@ -63,6 +63,9 @@ def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", worker
     The seed draws the weights, the order of the images and their views. `KeyboardInterrupt` when a signal stops it.
     """
 
+    if not splits.val:
+        raise UsageError(f"{splits.name} has no validation images to judge networks on: keep val_fraction above 0.")
+
     def evaluate(network: Any, seed: int, budget: int) -> float:
         if not isinstance(network, Network):
             raise UsageError(f"{network!r:.80} is no Network; train modules of your own in an evaluate of your own.")

@@ -76,6 +76,7 @@ class Recipe(Value):
     V2 code) one M-th above it and rounds down: 171, 214, 257, 300 instead of 128, 185, 243, 300.
     `lr`: the peak rate at `lr_batch` images a step, scaled linearly to the batch. `warmup`, `head_epochs`: in epochs.
     `memory_gb`: each phase takes the largest batch whose estimated memory is so many 10^9 bytes, 0 for `batch` always.
+    `accumulate`: a step's batch is computed in so many parts, one after the other, and batch norm sees one at a time.
     `least_steps`: at least so many, in more epochs than `epochs` where there are few images.
     `head_epochs`: only the classifier learns at first, behind the frozen network, at `head_lr`.
     `freeze`: the stem and the first so many stages keep their trained weights (their batch norms still see the data);
@@ -105,6 +106,7 @@ class Recipe(Value):
     weight_decay: float = 1e-5
     decay_bias: bool = False
     memory_gb: float = 0.0
+    accumulate: int = 1
     least_steps: int = 0
     head_epochs: int = 0
     head_lr: float = 1e-3
@@ -136,7 +138,7 @@ class Recipe(Value):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr_batch", "stages"):
+        for name in ("epochs", "batch", "lr_batch", "stages", "accumulate"):
             check_range(f"recipe {name}", getattr(self, name), 1)
         counts = ("head_epochs", "freeze", "patience", "seed", "least_steps", "norm_batches", "minival")
         for name in ("warmup", "weight_decay", "memory_gb", *counts):
@@ -278,16 +280,17 @@ def largest_batch(recipe: Recipe, network: Network, size_px: int, images: int | 
     return batch // 8 * 8 if batch >= 8 else batch
 
 
-def too_large(
-    recipe: Recipe, network: Network, size_px: int, batch: int, limit: float, precision: str | None = None
-) -> str:
-    """The sentence that names what does not fit into `limit` bytes, and what would."""
-    needed = memory(recipe, network, size_px, batch, precision)
-    fits = fitting_batch(recipe, network, size_px, limit, precision)
-    words = f"batch {fits} would fit (--set batch={fits})"
+def too_large(recipe: Recipe, network: Network, size_px: int, batch: int, limit: float, *, parts: int = 1) -> str:
+    """The sentence that names what does not fit into `limit` bytes, and what would.
+
+    `parts`: into how many a step's batch is cut (processes, accumulation); `batch` is one of them.
+    """
+    needed = memory(recipe, network, size_px, batch)
+    fits = fitting_batch(recipe, network, size_px, limit)
+    words = f"batch {fits} would fit (--set batch={fits * parts})"
     if not fits:
         sizes = range(size_px, network.stride - 1, -1)
-        px = next((px for px in sizes if fitting_batch(recipe, network, px, limit, precision)), None)
+        px = next((px for px in sizes if fitting_batch(recipe, network, px, limit)), None)
         words = "nothing of this network would fit" if px is None else f"one image of {px} px would fit"
     return (
         f"the phase at {size_px} px with batch {batch} takes about {needed / 1e9:.2f} GB of {limit / 1e9:.2f}; {words}."

@@ -37,9 +37,9 @@ STEP_FIELDS = ("step", "epoch", "phase", "loss", "lr", "wait_ms", "step_ms")
 class History:
     """A run's events, sorted by kind. `starts`: of the first process, and of each one that resumed.
 
-    `steps`: float64 (S,) per name of `STEP_FIELDS`. `epochs`: the epoch events, each with its `val` metrics. `skipped`:
-    (image, reason). `ending`: the kind of the last event, if that is `end` or, after a signal, `stop`; None for a run
-    that goes on, or was killed.
+    `steps`: float64 (S,) per name of `STEP_FIELDS`. `epochs`: the epoch events, each with its `val` metrics, {} where
+    there are no validation images. `skipped`: (image, reason). `ending`: the kind of the last event, if that is `end`
+    or, after a signal, `stop`; None for a run that goes on, or was killed.
     """
 
     starts: tuple[Mapping[str, Any], ...]
@@ -54,6 +54,11 @@ class History:
     def best(self) -> Mapping[str, Any] | None:
         """The epoch whose weights were kept; None when no epoch was finished."""
         return next((epoch for epoch in reversed(self.epochs) if epoch["best"]), None)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there were validation images: then every epoch has metrics of them."""
+        return any(epoch["val"] for epoch in self.epochs)
 
     @property
     def seconds(self) -> float:
@@ -176,7 +181,7 @@ def read_history(log: str) -> History:
         steps={name: np.array([step[name] for step in steps], dtype=np.float64) for name in STEP_FIELDS},
         epochs=tuple(kinds.get("epoch", ())),
         skipped=tuple((event["image"], event["reason"]) for event in kinds.get("skip", ())),
-        save_failures=tuple(text for epoch in kinds.get("epoch", ()) for text in epoch.get("save_failed", ())),
+        save_failures=tuple(text for event in events for text in event.get("save_failed", ())),
         early_stop="early_stop" in kinds,
         ending=last if last in ("end", "stop") else None,
     )

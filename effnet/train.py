@@ -4,16 +4,17 @@
 progress. `train` simply runs it to the end. Only the model and `State` change; everything else is a value.
 
 A run is a function of (data, network, recipe): the order of samples, augmentation, dropout and drop path of a step are
-keyed by (seed, epoch, step), never by what ran before, so a resumed run continues with the very same numbers.
+keyed by (seed, epoch, step, place in the batch), never by what ran before or by who computes it. So a resumed run
+continues with the very same numbers, and several processes (`cluster`) share one batch as if they were one.
 """
 
 import datetime
-import functools
-import json
+import itertools
+import math
 import os
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,17 +25,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effnet import augment, checkpoint, data, native
-from effnet.evaluate import evaluate
+from effnet import augment, checkpoint, cluster, data, native
+from effnet.evaluate import Unfinished, evaluate
 from effnet.images import normalise
+from effnet.journal import Event, Journal
 from effnet.network import Model, replace_head
-from effnet.optim import Average, load_optimizer_tensors, optimizer, optimizer_tensors, renew_norms, set_learning
+from effnet.optim import optimizer, renew_norms, set_learning
 from effnet.plan import Plan, check_disk, environment, plan, precision_context
 from effnet.recipes import Phase, Place, Recipe, for_images, places, rate
 from effnet.samples import Splits
-from effnet.value import UsageError
+from effnet.state import BEST, LAST, State, content, exists, find, fresh, refuse_other, restore, write
+from effnet.value import UsageError, check_range
 
-Event = dict[str, Any]
+EXPLODED = 50.0  # a loss of so many times that of guessing, ln K, has diverged although it is finite
+SLOWER = 0.5  # each time a run goes back after it diverged, its learning rate is multiplied by this
+RETRIES = 3
 
 
 class Interrupted(Exception):
@@ -47,27 +52,40 @@ class Interrupted(Exception):
 
 
 class Diverged(UsageError):
-    """The loss is no longer finite."""
+    """The loss or the weights are no longer finite, or the loss is far above that of guessing."""
 
 
 @dataclass
-class State:
-    """All that changes while training."""
+class Stop:
+    """The wish to stop. `received`: signals of this process; `agreed`: the one that all processes know of, or 0."""
 
-    model: Model
-    average: Average[Model] | None
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # finished steps of the whole run
-    best: float = -float("inf")
-    best_epoch: int = -1
-    since_best: int = 0
-    cache: data.Cache = field(default_factory=data.Cache)  # decoded training images
-    losses: list[float] = field(default_factory=list)  # of the epoch under way
+    received: list[int] = field(default_factory=list)
+    agreed: int = 0
 
     @property
-    def evaluated(self) -> Model:
-        """The model that is judged and kept: the average of the weights, where there is one."""
-        return self.average.model if self.average is not None else self.model
+    def flags(self) -> list[int]:
+        """What this process received, as numbers that can be added up."""
+        return [self.received.count(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def settle(self, terms: float, interrupts: float) -> None:
+        """Takes note of everybody's flags, summed."""
+        self.agreed = signal.SIGTERM if terms else signal.SIGINT if interrupts else 0
+
+    def agree(self, device: str) -> None:
+        """Asks the other processes."""
+        self.settle(*cluster.total(torch.tensor(self.flags, device=device)).tolist())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `training` was told, and the plan that was made of it."""
+
+    splits: Splits
+    todo: Plan
+    out: Path
+    device: str
+    workers: int | None
+    save_every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,141 +114,161 @@ def training(
     device: str = "cpu",
     workers: int | None = None,
     weights: str = "",
+    save_every: int = 0,
+    retries: int = RETRIES,
 ) -> Iterator[Event]:
     """Trains `model` on `splits.train`, judges it on `splits.val` after each epoch, and yields what happens.
 
+    Without validation images nothing is judged: there is no early stopping, and `best` is the model of the last epoch.
+
     Writes `out/plan.json`, `recipe.json`, `log.jsonl`, `last.safetensors` (resume) and `best.safetensors` (use).
     `model` gets a fresh classifier when its labels are not the data's classes. `UsageError`: `out` already holds a run
-    and `resume` is false, the data or recipe changed since, no validation data. `Interrupted` after SIGINT or SIGTERM.
+    and `resume` is false, or the data, network or recipe changed since. `Interrupted` after SIGINT or SIGTERM.
     `weights` is what `model` started from, for the log only.
+
+    The state is saved after each epoch, and also every `save_every` steps where that is not 0; a killed run repeats
+    what came after. A run that diverges goes back to its last saved state with `SLOWER` times the learning rate, at
+    most `retries` times, then raises `Diverged`. Every process of a `cluster` calls this; the first one writes.
     """
     started = time.perf_counter()
     if device == "cpu":
         native.keep_freed_memory()
     out = Path(out)
-    if splits.val is None or len(splits.val) == 0:
-        raise UsageError(f"{splits.name} has no validation images: add a val folder or keep val_fraction above 0.")
+    check_range("save_every", save_every, 0)
+    check_range("retries", retries, 0)
     if model.labels != splits.classes:
         model = replace_head(model, splits.classes)
         # From zero all classes start equal; the published range 1/sqrt(classes) is far too wide for a handful of them.
         nn.init.zeros_(model.classifier.weight)
     recipe = for_images(recipe, len(splits.train))
-    todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device)
-    log = functools.partial(_logged, out)
-    yield log(_start_event(splits, todo, state, device, weights))
+    journal = Journal(out / "log.jsonl", silent=cluster.rank() > 0)
+    resume = resume or (cluster.restarts() > 0 and cluster.first(lambda: exists(out)))
+    todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device, journal)
+    job = Job(splits=splits, todo=todo, out=out, device=device, workers=workers, save_every=save_every)
+    yield journal.add(_start_event(job, state, weights))
     with _signals() as stop:
-        for place in places(todo.phases, todo.train_images, state.step):
+        while (place := _epoch_left(todo, state)) is not None:
             if recipe.patience and state.since_best >= recipe.patience:
-                yield log({"event": "early_stop", "step": state.step, "patience": recipe.patience})
+                yield journal.add({"event": "early_stop", "step": state.step, "patience": recipe.patience})
                 break
-            yield from map(log, _phase_events(todo, state, place))
-            end = state.step - place.step_in_epoch + place.steps
-            yield from map(log, _epoch(splits, todo, state, place, stop, device, workers))
-            finished = state.step == end
-            if finished:
-                yield log(_end_of_epoch(splits, todo, state, place, out, device))
-            if stop:
-                if not finished:
-                    _save(out, todo, state, splits)
-                yield log({"event": "stop", "step": state.step, "signal": stop[0]})
-                raise Interrupted(stop[0], out)
+            try:
+                yield from map(journal.add, _phase_events(todo, state, place))
+                yield from map(journal.add, _epoch(job, state, place, stop))
+                if len(state.losses) == place.steps and not stop.agreed:
+                    yield from _end_of_epoch(job, state, place, stop, journal)
+            except Diverged as error:
+                yield journal.add(_back(job, state, journal, error, retries))
+                yield from map(journal.add, _saved(job, state))
+            stop.agree(device)
+            if stop.agreed:
+                if state.losses:
+                    yield from map(journal.add, _saved(job, state))
+                yield journal.add({"event": "stop", "step": state.step, "signal": stop.agreed})
+                raise Interrupted(stop.agreed, out)
     seconds = round(time.perf_counter() - started, 2)
-    kept = checkpoint.load(out / "best.safetensors")
-    yield log({"event": "end", "best_epoch": state.best_epoch, "metrics": dict(kept.metrics), "seconds": seconds})
+    kept = cluster.first(lambda: dict(checkpoint.load(out / BEST).metrics))
+    yield journal.add({"event": "end", "best_epoch": state.best_epoch, "metrics": kept, "seconds": seconds})
 
 
-# --- start and resume -----------------------------------------------------------------------------------------------
+# --- start, resume, go back -----------------------------------------------------------------------------------------
 
 
-def _started(splits: Splits, model: Model, recipe: Recipe, out: Path, device: str) -> tuple[Plan, State]:
-    if (out / "last.safetensors").exists():
-        raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out.")
-    todo = plan(
-        model,
-        recipe,
-        classes=splits.classes,
-        train_images=len(splits.train),
-        val_images=len(splits.val or ()),
-        device=device,
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    check_disk(out, todo.disk_bytes)
-    (out / "plan.json").write_text(todo.to_json())
-    (out / "recipe.json").write_text(recipe.to_json())
-    (out / "log.jsonl").write_text("")
-    return todo, _fresh_state(model, todo, device)
+def _started(
+    splits: Splits, model: Model, recipe: Recipe, out: Path, device: str, journal: Journal
+) -> tuple[Plan, State]:
+    """A new run: the plan, the folder, the state before the first step."""
 
+    def planned() -> Plan:
+        if exists(out) and find(out).extra["step"]:  # one that never took a step may be begun anew
+            raise UsageError(f"{out} already holds a run: go on with --resume, or choose another --out.")
+        counts: dict[str, Any] = {"train_images": len(splits.train), "val_images": len(splits.val or ())}
+        todo = plan(model, recipe, classes=splits.classes, device=device, **counts)
+        _check_shares(todo)
+        out.mkdir(parents=True, exist_ok=True)
+        check_disk(out, todo.disk_bytes)
+        (out / "plan.json").write_text(todo.to_json())
+        (out / "recipe.json").write_text(recipe.to_json())
+        journal.begin()
+        return todo
 
-def _fresh_state(model: Model, todo: Plan, device: str) -> State:
-    model.network = todo.network.replace(preprocess=todo.preprocess, resolution=todo.preprocess.size)
-    if todo.recipe.norm_momentum is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = todo.recipe.norm_momentum
-    model = model.to(device, memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-    average = Average(model, todo.recipe.ema) if todo.recipe.ema else None
-    return State(model=model, average=average, optimizer=optimizer(model, todo.recipe))
-
-
-def _resumed(splits: Splits, model: Model, recipe: Recipe, out: Path, device: str) -> tuple[Plan, State]:
-    """The state after the last saved step. The plan is the saved one: precision and phases do not change under way."""
-    path = out / "last.safetensors"
-    if not path.exists():
-        raise UsageError(f"nothing to resume: {path} does not exist.")
-    saved = checkpoint.load(path)
-    todo = Plan.from_json((out / "plan.json").read_text())
-    for what, before, now in (
-        ("class list", list(saved.labels or ()), list(splits.classes)),
-        ("training data", saved.extra["fingerprint"], splits.train.fingerprint()),
-        ("recipe", saved.recipe, recipe.to_dict()),
-        ("network", saved.network.stages, model.network.stages),
-    ):
-        if json.dumps(before, default=str) != json.dumps(now, default=str):
-            raise UsageError(f"{out} was started with another {what}: then {before}, now {now}.")
-    state = _fresh_state(model, todo, device)
-    state.model.load_state_dict(saved.state("raw") or saved.weights)
-    if state.average is not None:
-        state.average.model.load_state_dict(saved.weights)
-    state.step, state.losses = saved.extra["step"], saved.extra["losses"]
-    state.best, state.best_epoch, state.since_best = (saved.extra[k] for k in ("best", "best_epoch", "since_best"))
-    if state.step:
-        phase = next(places(todo.phases, todo.train_images, state.step - 1)).phase
-        state.optimizer = optimizer(state.model, todo.recipe, head_only=phase.head_only)
-        load_optimizer_tensors(state.model, state.optimizer, saved.state("optimizer"))
-    _keep_log(out / "log.jsonl", state.step)
+    todo = cluster.first(planned)
+    state = fresh(model, todo, device, splits.train.fingerprint())
+    cluster.first(lambda: checkpoint.save(out / LAST, content(todo, state, splits, {}, resumable=True)))
     return todo, state
 
 
-def _keep_log(path: Path, step: int) -> None:
-    """Drops what was logged after the saved step: it will happen again."""
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
-            break
-        if event.get("step", 0) > step or (event["event"] in ("phase", "early_stop") and event["step"] == step):
-            break
-        kept.append(line + "\n")
-    path.write_text("".join(kept))
+def _resumed(
+    splits: Splits, model: Model, recipe: Recipe, out: Path, device: str, journal: Journal
+) -> tuple[Plan, State]:
+    """The state after the last saved step. The plan is the saved one: precision and phases do not change under way."""
+
+    def accepted() -> tuple[Plan, checkpoint.Checkpoint]:
+        saved = find(out)
+        if not (out / "plan.json").exists():
+            raise UsageError(f"{out} cannot be gone on with: it has no plan.json.")
+        todo = Plan.from_json((out / "plan.json").read_text())
+        refuse_other(out, saved, todo, splits, model.network, recipe)
+        _check_shares(todo)
+        return todo, saved
+
+    todo, saved = cluster.first(accepted)
+    state = fresh(model, todo, device, saved.extra["fingerprint"])
+    restore(state, todo, saved)
+    journal.keep(state.step, judged=not state.losses, rollbacks=state.rollbacks)
+    return todo, state
+
+
+def _check_shares(todo: Plan) -> None:
+    """`UsageError` for a batch that the processes, and the parts of a step, cannot share equally."""
+    world, parts = cluster.world(), todo.recipe.accumulate
+    for phase in todo.phases:
+        batch, tied = min(phase.batch, todo.train_images), augment.mirrored(phase.mixup, phase.cutmix)
+        data.share(batch, world=world, mirrored=tied)
+        if batch % (parts * (world * tied if world > 1 else 1)):
+            raise UsageError(
+                f"recipe accumulate is {parts}: a batch of {batch} on {world} processes cannot be computed in so many "
+                "equal parts."
+            )
+
+
+def _back(job: Job, state: State, journal: Journal, error: Diverged, retries: int) -> Event:
+    """The last saved state again, with a lower rate. Raises `error` when that was tried `retries` times."""
+    count = state.rollbacks + 1
+    if count > retries:
+        tried = f" Going back {retries} times with a lower rate did not help." if retries else ""
+        raise Diverged(f"{error}; the last saved state is intact.{tried}") from None
+    restore(state, job.todo, cluster.first(lambda: find(job.out)))
+    journal.keep(state.step, judged=not state.losses, rollbacks=state.rollbacks)
+    state.rollbacks = count
+    return {
+        "event": "rollback",
+        "step": state.step,
+        "rollbacks": count,
+        "most": retries,
+        "reason": str(error),
+        "rate_factor": SLOWER**count,
+    }
+
+
+def _epoch_left(todo: Plan, state: State) -> Place | None:
+    """The epoch under way (perhaps only to be judged), or the next one; None when there is none."""
+    return next(places(todo.phases, todo.train_images, state.step - len(state.losses)), None)
 
 
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-def _epoch(
-    splits: Splits, todo: Plan, state: State, place: Place, stop: list[int], device: str, workers: int | None
-) -> Iterator[Event]:
-    """The steps of one epoch that are not yet done. Ends early, at a step's end, when `stop` was filled by a signal."""
-    recipe, phase = todo.recipe, place.phase
+def _epoch(job: Job, state: State, place: Place, stop: Stop) -> Iterator[Event]:
+    """The steps of one epoch that are not yet done. Ends early, at a step's end, when all agree to stop."""
+    recipe, phase, splits = job.todo.recipe, place.phase, job.splits
     balance = splits.train.balance() if recipe.balance else np.ones(len(splits.classes), np.float32)
-    class_weights = torch.from_numpy(balance).to(device)
+    class_weights = torch.from_numpy(balance).to(job.device)
     _prepare(state, phase, recipe.freeze)
     source = data.batches(
         splits.train,
         size_px=phase.size_px,
         batch=phase.batch,
-        preprocess=todo.preprocess,
+        preprocess=job.todo.preprocess,
         train=True,
         crop=recipe.crop,
         least_area=recipe.least_area,
@@ -238,35 +276,40 @@ def _epoch(
         magnitude=phase.magnitude,
         seed=recipe.seed,
         epoch=place.epoch,
-        start_step=place.step_in_epoch,
-        workers=workers,
+        start_step=len(state.losses),
+        workers=data.default_workers(cluster.local_world()) if job.workers is None else job.workers,
         on_error=recipe.on_error,
         soft=recipe.soft_targets,
         cache=state.cache,
+        rank=cluster.rank(),
+        world=cluster.world(),
+        mirrored=augment.mirrored(phase.mixup, phase.cutmix),
     )
     clock = time.perf_counter()
     for batch in source:
         arrived = time.perf_counter()
-        lr = _set_rate(state, todo)
-        loss = _step(state, todo, phase, batch, class_weights, device)
+        lr = _set_rate(state, job.todo)
+        loss, images, skipped = _step(job, state, phase, batch, class_weights, stop)
         state.step += 1
         state.losses.append(loss)
         now = time.perf_counter()
-        for name, reason in batch.skipped:
+        for name, reason in (pair for share in cluster.gathered(batch.skipped) for pair in share) if skipped else ():
             yield {"event": "skip", "step": state.step, "image": name, "reason": reason}
         yield {
             "event": "step",
             "step": state.step,
             "epoch": place.epoch,
             "phase": phase.index,
-            "loss": round(loss, 6),
+            "loss": float(f"{loss:.9g}"),  # float32 in full
             "lr": lr,
-            "images_per_s": round(len(batch.labels) / (now - clock), 2),
+            "images_per_s": round(images / (now - clock), 2),
             "wait_ms": round(1e3 * (arrived - clock), 2),
             "step_ms": round(1e3 * (now - clock), 2),
         }
-        if stop:
+        if stop.agreed:
             return
+        if job.save_every and state.step % job.save_every == 0 and len(state.losses) < place.steps:
+            yield from _saved(job, state)
         clock = time.perf_counter()
 
 
@@ -279,38 +322,67 @@ def _prepare(state: State, phase: Phase, freeze: int) -> None:
 
 def _set_rate(state: State, todo: Plan) -> float:
     """The learning rate of the next step, set on the optimizer."""
-    lr = rate(todo.recipe, next(places(todo.phases, todo.train_images, state.step)))
+    lr = rate(todo.recipe, next(places(todo.phases, todo.train_images, state.step))) * SLOWER**state.rollbacks
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
-def _step(state: State, todo: Plan, phase: Phase, batch: data.Batch, class_weights: Tensor, device: str) -> float:
-    """One update. Everything random in it is keyed by the seed and the step."""
-    torch.manual_seed(_key(todo.recipe.seed, state.step))
+def _step(
+    job: Job, state: State, phase: Phase, batch: data.Batch, class_weights: Tensor, stop: Stop
+) -> tuple[float, int, int]:
+    """One update: the loss, and how many images all processes used and left out. Its randomness is keyed by the step.
+
+    Every loss is divided by the weight of the whole batch, so those of all parts and processes add up to its mean.
+    """
+    todo, recipe, device = job.todo, job.todo.recipe, job.device
+    whole, seen = min(phase.batch, todo.train_images), batch.places.to(device)
     images = normalise(batch.images.to(device), todo.preprocess)
     targets = batch.targets.to(device)
-    mixing = np.random.default_rng((todo.recipe.seed, state.step))
-    images, targets = augment.mix(images, targets, mixup_alpha=phase.mixup, cutmix_alpha=phase.cutmix, rng=mixing)
+    mixing = np.random.default_rng((recipe.seed, state.step))
+    images, targets = augment.mix(
+        images, targets, mixup_alpha=phase.mixup, cutmix_alpha=phase.cutmix, rng=mixing,
+        share=(whole, batch.places.numpy()),
+    )  # fmt: skip
     weights = batch.weights.to(device) * class_weights[batch.labels.to(device)]
-    with precision_context(todo.precision, device):
-        logits = state.model(images)
-    loss = weighted_cross_entropy(logits.float(), targets, weights, todo.recipe.label_smoothing)
-    value = loss.item()
-    if value != value or value in (float("inf"), -float("inf")):
-        raise Diverged(
-            f"the loss became {value} at step {state.step + 1}: lower lr (now {todo.recipe.lr:g}); the last "
-            "saved epoch is intact."
-        )
+    weight = cluster.total(weights.sum())
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss = torch.zeros((), device=device)
+    for part in _parts(seen, recipe.accumulate):
+        torch.manual_seed(_key(recipe.seed, state.step))
+        state.model.set_share((whole, seen[part]))
+        with precision_context(todo.precision, device):
+            logits = state.model(images[part].contiguous(memory_format=torch.channels_last))
+        share = weighted_cross_entropy(logits.float(), targets[part], weights[part], recipe.label_smoothing, weight)
+        share.backward()
+        loss += share.detach()
+    mine = torch.tensor([len(batch), len(batch.skipped), *stop.flags], dtype=torch.float64, device=device)
+    value, used, skipped, *flags = cluster.total(torch.cat([loss.double()[None], mine])).tolist()
+    stop.settle(*flags)
+    _refuse_diverged(value, todo, state.step + 1)
+    cluster.sum_gradients(state.model.parameters())
     state.optimizer.step()
     if state.average is not None:
         if phase.head_only:
             state.average.reset()
         else:
             state.average.update(state.step)
-    return value
+    return value, int(used), int(skipped)
+
+
+def _parts(seen: Tensor, count: int) -> Sequence[slice | Tensor]:
+    """The images of each part of a step, by their places `seen` in the whole batch: the same, whoever computes it."""
+    if count == 1:
+        return [slice(None)]
+    parts = [seen % count == part for part in range(count)]
+    if not all(part.any() for part in parts):
+        raise UsageError(f"all images of one of the {count} parts of a step (accumulate) were left out as unreadable.")
+    return parts
+
+
+def _refuse_diverged(loss: float, todo: Plan, step: int) -> None:
+    if not loss <= EXPLODED * math.log(max(len(todo.classes), 2)):
+        raise Diverged(f"the loss became {loss:.6g} at step {step}: lower lr (now {todo.recipe.lr:g})")
 
 
 def _key(seed: int, step: int) -> int:
@@ -318,11 +390,16 @@ def _key(seed: int, step: int) -> int:
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % (1 << 63)
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The weighted mean over the batch of the cross-entropy with soft `targets` (N, K), smoothed towards uniform."""
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, weight: Tensor | None = None
+) -> Tensor:
+    """The weighted mean over the batch of the cross-entropy with soft `targets` (N, K), smoothed towards uniform.
+
+    `weight`: what to divide by instead of the sum of `weights`, where these images are a share of the batch.
+    """
     targets = targets * (1 - smoothing) + smoothing / targets.shape[1]
     losses = -(targets * nn.functional.log_softmax(logits, dim=1)).sum(dim=1)  # (N, K) -> (N,)
-    return (losses * weights).sum() / weights.sum()
+    return (losses * weights).sum() / (weights.sum() if weight is None else weight)
 
 
 # --- judging and keeping --------------------------------------------------------------------------------------------
@@ -330,27 +407,34 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, smo
 
 def _phase_events(todo: Plan, state: State, place: Place) -> Iterator[Event]:
     """A new optimizer and the event where a phase begins that changes what learns."""
-    first = sum(row.phase.epochs for row in todo.rows[: place.phase.index])
-    if place.epoch != first or place.step_in_epoch:
+    first = sum(phase.epochs for phase in todo.phases[: place.phase.index])
+    if place.epoch != first or state.losses:
         return
-    before = todo.rows[place.phase.index - 1].phase if place.phase.index else None
+    before = todo.phases[place.phase.index - 1] if place.phase.index else None
     if before is None or before.head_only != place.phase.head_only:
         state.optimizer = optimizer(state.model, todo.recipe, head_only=place.phase.head_only)
     yield {"event": "phase", "step": state.step, **place.phase.to_dict()}
 
 
-def _end_of_epoch(splits: Splits, todo: Plan, state: State, place: Place, out: Path, device: str) -> Event:
-    """Judges the epoch on the validation images, keeps the best model and the state to go on from."""
+def _end_of_epoch(job: Job, state: State, place: Place, stop: Stop, journal: Journal) -> Iterator[Event]:
+    """Judges the epoch on the validation images, then keeps the best model and the state to go on from.
+
+    The log comes first: should the run be killed in between, it goes back to an older state and the line is dropped.
+    A wish to stop interrupts it: then the epoch is judged when the run goes on.
+    """
     clock = time.perf_counter()
-    assert splits.val is not None
-    if todo.recipe.norm_batches:
-        _renew_norms(splits, todo, state, place, device)
-    with precision_context(todo.precision, device):
-        judged = evaluate(state.evaluated, splits.val, batch=todo.recipe.batch, device=device, bootstrap=0)
-    value = score(judged.metrics, todo.recipe)
+    _refuse_broken(job, state)
+    if job.todo.recipe.norm_batches:
+        _renew_norms(job, state, place, stop)
+    try:
+        metrics = _judged(job, state, stop)
+    except Unfinished:
+        return
+    value = score(metrics, job.todo.recipe)
     better = value >= state.best  # of equals the later one: it has seen more
-    state.since_best = 0 if value > state.best else state.since_best + 1
+    state.since_best = 0 if value > state.best or not metrics else state.since_best + 1
     train_loss = sum(state.losses) / len(state.losses)
+    state.losses = []
     event = {
         "event": "epoch",
         "step": state.step,
@@ -358,121 +442,122 @@ def _end_of_epoch(splits: Splits, todo: Plan, state: State, place: Place, out: P
         "phase": place.phase.index,
         "size_px": place.phase.size_px,
         "train_loss": round(train_loss, 6),
-        "val": judged.metrics,
+        "val": metrics,
         "best": better,
         "seconds": round(time.perf_counter() - clock, 2),
     }
+    journal.add(event)
+    problems: list[str] = []
     if better:
-        state.best, state.best_epoch = value, place.epoch
-        _write(out / "best.safetensors", _checkpoint(todo, state, splits, judged.metrics, resumable=False), event)
-    state.losses = []
-    _write(out / "last.safetensors", _checkpoint(todo, state, splits, judged.metrics, resumable=True), event)
-    return event
+        problems += _write(job, BEST, state, metrics)
+        if not problems:  # what could not be kept is not the best that there is
+            state.best, state.best_epoch = value, place.epoch
+    problems += _write(job, LAST, state, metrics)
+    yield event
+    if problems:
+        yield journal.add({"event": "save", "step": state.step, "save_failed": problems})
 
 
-def _renew_norms(splits: Splits, todo: Plan, state: State, place: Place, device: str) -> None:
-    """Batch norm's statistics of the judged model, over training images prepared as the validation images are."""
-    recipe = todo.recipe
-    drawn = data.order(len(splits.train), seed=recipe.seed, epoch=place.epoch, batch=recipe.batch)
-    some = splits.train.subset(drawn[: recipe.norm_batches].ravel())
+def _judged(job: Job, state: State, stop: Stop) -> dict[str, Any]:
+    """The metrics of the validation images, {} without any. `Unfinished` when a process was asked to stop."""
+    val = job.splits.val
+    if not val:
+        return {}
+    options: dict[str, Any] = {"batch": job.todo.recipe.batch, "device": job.device, "bootstrap": 0}
+    with precision_context(job.todo.precision, job.device):
+        return evaluate(state.evaluated, val, stop=lambda: bool(stop.received), **options).metrics
+
+
+def _renew_norms(job: Job, state: State, place: Place, stop: Stop) -> None:
+    """Batch norm's statistics of the judged model, over training images prepared as the validation images are.
+
+    Every process counts all of them. One that is asked to stop counts no further; going on, the run counts again.
+    """
+    todo, recipe, train = job.todo, job.todo.recipe, job.splits.train
+    drawn = data.order(len(train), seed=recipe.seed, epoch=place.epoch, batch=recipe.batch)
     source = data.batches(
-        some,
+        train.subset(drawn[: recipe.norm_batches].ravel()),
         size_px=todo.preprocess.size,
         batch=recipe.batch,
         preprocess=todo.preprocess,
         train=False,
         on_error=recipe.on_error,
     )
-    with precision_context(todo.precision, device):
-        renew_norms(state.evaluated, (normalise(batch.images.to(device), todo.preprocess) for batch in source))
+    wanted = itertools.takewhile(lambda _: not stop.received, source)
+    with precision_context(todo.precision, job.device):
+        renew_norms(state.evaluated, (normalise(batch.images.to(job.device), todo.preprocess) for batch in wanted))
 
 
 def score(metrics: dict[str, Any], recipe: Recipe) -> float:
-    """What makes an epoch better than another: (weighted, where samples have weights) accuracy, or minus NLL."""
+    """What makes an epoch better than another: (weighted, where samples have weights) accuracy, or minus NLL.
+
+    0 without metrics: every epoch is as good as the one before it, and the later one is kept.
+    """
+    if not metrics:
+        return 0.0
     if recipe.monitor == "nll":
         return -metrics["nll"]
     return metrics.get("weighted_accuracy", metrics["accuracy"])
 
 
-def _save(out: Path, todo: Plan, state: State, splits: Splits) -> None:
-    """The state in the middle of an epoch, when a signal asked for it."""
-    checkpoint.save(out / "last.safetensors", _checkpoint(todo, state, splits, {}, resumable=True), keep_previous=True)
+def _saved(job: Job, state: State) -> Iterator[Event]:
+    """Keeps the state to go on from; an event only where that failed."""
+    _refuse_broken(job, state)
+    if problems := _write(job, LAST, state, {}):
+        yield {"event": "save", "step": state.step, "save_failed": problems}
 
 
-def _write(path: Path, content: checkpoint.Checkpoint, event: Event) -> None:
-    """Saves; when that fails (a full disk) the run goes on, the old file is intact and the event says so."""
-    try:
-        checkpoint.save(path, content, keep_previous=path.name.startswith("last"))
-    except UsageError as error:
-        event.setdefault("save_failed", []).append(str(error))
+def _refuse_broken(job: Job, state: State) -> None:
+    """`Diverged` for weights that are not worth keeping."""
+    if not state.is_finite():
+        raise Diverged(f"the weights were no longer finite after step {state.step}: lower lr")
 
 
-def _checkpoint(
-    todo: Plan, state: State, splits: Splits, metrics: dict[str, Any], *, resumable: bool
-) -> checkpoint.Checkpoint:
-    """The model that is judged; and, to go on from, the raw weights, the optimizer and the place."""
-    extra: dict[str, Any] = {"step": state.step, "data": splits.name, "note": splits.note}
-    tensors: dict[str, Tensor] = {}
-    if resumable:
-        if state.average is not None:
-            tensors |= {f"raw/{name}": tensor for name, tensor in state.model.state_dict().items()}
-        slots = optimizer_tensors(state.model, state.optimizer)
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in slots.items()}
-        extra |= {
-            "best": state.best,
-            "best_epoch": state.best_epoch,
-            "since_best": state.since_best,
-            "losses": state.losses,
-            "fingerprint": splits.train.fingerprint(),
-        }
-    return checkpoint.from_model(
-        state.evaluated, recipe=todo.recipe.to_dict(), metrics=metrics, extra=extra, state=tensors
+def _write(job: Job, name: str, state: State, metrics: dict[str, Any]) -> list[str]:
+    """Saves, in the first process; all of them learn what went wrong, if something did. The run goes on either way."""
+    return cluster.first(
+        lambda: write(job.out / name, content(job.todo, state, job.splits, metrics, resumable=name == LAST))
     )
 
 
-# --- signals and log ------------------------------------------------------------------------------------------------
+# --- signals and the first event --------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _signals() -> Generator[list[int]]:
-    """Within, SIGINT and SIGTERM only leave their number in the list; a second SIGINT interrupts at once."""
-    received: list[int] = []
+def _signals() -> Generator[Stop]:
+    """Within, SIGINT and SIGTERM only leave their number; a second SIGINT interrupts at once."""
+    stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if stop.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        stop.received.append(number)
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: the caller's handlers stay
         before = {}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _logged(out: Path, event: Event) -> Event:
-    """The event, once it stands in the log."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(event) + "\n")
-    return event
-
-
-def _start_event(splits: Splits, todo: Plan, state: State, device: str, weights: str) -> Event:
+def _start_event(job: Job, state: State, weights: str) -> Event:
+    splits = job.splits
     return {
         "event": "start",
         "step": state.step,
         "data": splits.name,
         "note": splits.note,
-        "fingerprint": splits.train.fingerprint(),
+        "fingerprint": state.fingerprint,
         "classes": list(splits.classes),
         "images": {"train": len(splits.train), "val": len(splits.val or ()), "test": len(splits.test or ())},
         "weights": weights,
-        "precision": todo.precision,
+        "precision": job.todo.precision,
+        "processes": cluster.world(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "environment": environment(device),
+        "environment": environment(job.device),
         "pid": os.getpid(),
     }

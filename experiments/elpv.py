@@ -20,7 +20,6 @@ bundled. Weights fine-tuned on them are not for commercial use.
 
 import argparse
 import concurrent.futures
-import dataclasses
 import json
 import os
 import statistics
@@ -48,8 +47,7 @@ def one(
 ) -> dict[str, Any]:
     """One run: fine-tune on the split of `seed`, then judge the test cells once.
 
-    `refit`: the validation cells are trained on too, so that nothing chooses an epoch: the last one is judged. (The
-    training loop still prints figures of them; they mean nothing then and are not used.)
+    `refit`: the validation cells are trained on too, so that nothing chooses an epoch: the last one is kept and judged.
     """
     from effnet import recipes
     from effnet.data import open_data
@@ -58,11 +56,8 @@ def one(
     from effnet.zoo import load_model
 
     recipe = recipes.with_settings(recipes.get("inspection"), {"seed": str(seed)} | settings)
-    splits = open_data(protocol, split_seed=seed)
-    if refit:
-        splits = dataclasses.replace(splits, train=open_data(protocol, split_seed=seed, val_fraction=0).train)
+    splits = open_data(protocol, split_seed=seed, **({"val_fraction": 0.0} if refit else {}))
     outcome = train(splits, load_model(f"{model}.in1k"), recipe, out, device=device)
-    assert splits.test is not None and splits.val is not None
     return {
         "model": model,
         "protocol": protocol,
@@ -70,9 +65,9 @@ def one(
         "recipe": recipe.to_dict(),
         "settings": settings,
         "refit": refit,
-        "val": None if refit else outcome.metrics,
-        "best_epoch": recipe.epochs - 1 if refit else outcome.best_epoch,
-        **judgement(out / kept_file(refit), splits, device),
+        "val": outcome.metrics or None,
+        "best_epoch": outcome.best_epoch,
+        **judgement(out / "best.safetensors", splits, device),
         "seconds": round(outcome.seconds, 1),
         "environment": environment(device),
     }
@@ -102,10 +97,12 @@ def judge(args: argparse.Namespace) -> None:
     found = rows(args.results)
     for row in found:
         out = folder(args.runs, row["model"], row["protocol"], row["seed"], row["settings"], row["refit"])
-        if out.exists():
-            row |= judgement(
-                out / kept_file(row["refit"]), open_data(row["protocol"], split_seed=row["seed"]), args.device
-            )
+        if not out.exists():
+            continue
+        if row["refit"] and json.loads((out / "plan.json").read_text())["val_images"]:
+            print(out.name, "left as it is: it had validation cells (from before a run could do without)")
+        else:
+            row |= judgement(out / "best.safetensors", open_data(row["protocol"], split_seed=row["seed"]), args.device)
             print(
                 out.name, f"{row['test']['weighted_accuracy']:.4f} {row['turned']['weighted_accuracy']:.4f}", flush=True
             )
@@ -116,11 +113,6 @@ def folder(runs: Path, model: str, protocol: str, seed: int, settings: dict[str,
     """Where a run is."""
     words = "-".join(f"{name}{value}" for name, value in settings.items())
     return runs / f"{protocol}-{model}-{seed}-{words}{'-refit' if refit else ''}"
-
-
-def kept_file(refit: bool) -> str:
-    """The model of a run that is judged: of the best epoch on validation cells, or of the last epoch."""
-    return "last.safetensors" if refit else "best.safetensors"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ MATTER = [
 ]
 SAMPLES = ["samples", "shards", "inputs", "named", "sources", "data", "optim"]
 MOTION = [
+    "cluster",
     "plan",
     "export",
     "engine",
@@ -40,6 +41,8 @@ MOTION = [
     "predict_ray",
     "predict_job",
     "evaluate",
+    "journal",
+    "state",
     "train",
     "proxy",
     "explain",

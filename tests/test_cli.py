@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,6 +299,23 @@ def test_training_leaves_a_run_and_one_document(workshop: Workshop) -> None:
         assert (workshop.run / name).is_file()
 
 
+def test_training_without_validation_images_says_so_and_keeps_the_last_epoch(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    words = [workshop.data, "--model", workshop.network, *TRAINING, "--val-fraction", 0]
+    assert "none to validate on (the last epoch is kept)" in run("plan", *words).out
+    result = run("train", *words, "--out", out)
+    assert "kept: the last epoch, there are no validation images" in result.out and "best" not in result.out.split(",")
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["val_images"] == 0
+    run("report", out)
+    page = (out / "report.html").read_text()
+    assert "The weights of epoch 1 were kept: the last, without validation images." in page
+    judged = run("eval", out, workshop.data, "--json").document  # the test part is that of the run
+    assert judged["images"] > 0
+
+
 def test_training_again_is_refused_and_resuming_a_finished_run_changes_nothing(workshop: Workshop) -> None:
     words = ("train", workshop.data, "--model", workshop.network, *TRAINING, "--out", workshop.run)
     before = (workshop.run / "best.safetensors").read_bytes()
@@ -547,11 +565,12 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_with_143(workshop: Workshop, 
     )
     assert command.stdout is not None
     next(line for line in command.stdout if line.startswith("epoch 1/"))
+    sent = time.time()
     command.send_signal(signal.SIGTERM)
     _, err = command.communicate(timeout=60)
     assert command.returncode == 128 + signal.SIGTERM
     assert re.fullmatch(r"effnet: stopped by SIGTERM; saved\. Go on with the same command and --resume .*\n", err)
-    assert (tmp_path / "run" / "last.safetensors").is_file()
+    assert (tmp_path / "run" / "last.safetensors").stat().st_mtime < sent + 5
 
 
 # --- the public names -----------------------------------------------------------------------------------------------

@@ -110,10 +110,15 @@ def test_a_phase_says_what_learns_in_it(freeze: int, head_only: bool, words: str
 def test_what_goes_wrong_in_training_is_said() -> None:
     start = {"event": "start", "step": 0, "note": ""}
     skip = {"event": "skip", "step": 1, "image": "cat [1].jpg", "reason": "truncated"}
-    unsaved = EPOCH | {"save_failed": ["cannot write last.safetensors: no space left"]}
-    text = drawn(start, step(1), skip, unsaved, {"event": "early_stop", "epoch": 0, "patience": 3}, terminal=False)
+    unsaved = {"event": "save", "step": 1, "save_failed": ["cannot write last.safetensors: no space left"]}
+    back = {"event": "rollback", "step": 0, "rollbacks": 1, "most": 3, "reason": "the loss became nan at step 2",
+            "rate_factor": 0.5}  # fmt: skip
+    text = drawn(
+        start, step(1), skip, EPOCH, unsaved, back, {"event": "early_stop", "epoch": 0, "patience": 3}, terminal=False
+    )
     assert "left out cat [1].jpg: truncated" in text
     assert "not saved: cannot write last.safetensors: no space left" in text
+    assert "the loss became nan at step 2: back to step 0 with 0.5 of the learning rate (1 of 3)" in text
     assert "stopped early: 3 epochs without a better one" in text
 
 

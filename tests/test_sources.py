@@ -11,6 +11,7 @@ from PIL import Image
 
 from effnet.named import FASHION, read_idx
 from effnet.samples import ArrayPixels, deal, joined, labelled, share
+from effnet.shards import Place
 from effnet.sources import open_data
 from effnet.value import UsageError
 from tests.conftest import missing, need, picture, write_images
@@ -263,6 +264,31 @@ def test_a_shard_cut_short_after_it_was_indexed_is_an_image_error(tmp_path):
     (tmp_path / "s.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:3000])
     with pytest.raises(UsageError, match="cut short"):
         source.image(source.ids.index("s.tar/k7"))
+
+
+def test_training_streams_from_shards_as_from_a_folder(tmp_path, monkeypatch):
+    """The same steps as from files, in the order of `data.order`, each picture read from its place and never copied."""
+    from effnet import data, train
+    from tests.test_train import RECIPE, fresh_model, stable
+
+    folder = write_images(tmp_path / "files", {"train/a": 6, "train/b": 6})
+    for number, name in enumerate("ab"):
+        rows = [(f"{i:02d}", 6 * number + i, {"cls": name}) for i in range(6)]
+        _shard(tmp_path / "shards" / f"train-{number}.tar", rows)
+    laid_out = sorted(tmp_path.rglob("*"))
+    recipe, read = RECIPE.replace(epochs=2, batch=5, crop="resize"), []
+    read_place = Place.read
+    monkeypatch.setattr(Place, "read", lambda place: read.append(place.shard.name) or read_place(place))
+    monkeypatch.setattr(data.Cache, "_keep", lambda cache, *kept: None)  # no picture stays in memory either
+    for root in (folder, tmp_path / "shards"):
+        splits = open_data(root, val_fraction=0)
+        read.clear()  # labels
+        list(train.training(splits, fresh_model(), recipe, tmp_path / f"run-{root.name}", workers=0))
+    logs = [stable(tmp_path / f"run-{root}") for root in ("files", "shards")]
+    assert logs[0] == logs[1] and len([event for event in logs[0] if event["event"] == "step"]) == 4
+    wanted = [data.order(12, seed=recipe.seed, epoch=epoch, batch=5).ravel() for epoch in (0, 1)]
+    assert read == [f"train-{index // 6}.tar" for index in np.concatenate(wanted)]
+    assert [path for path in sorted(tmp_path.rglob("*")) if "run-" not in str(path)] == laid_out
 
 
 def test_a_missing_webdataset_is_named_with_its_extra(tmp_path, monkeypatch):

@@ -110,14 +110,10 @@ def test_the_log_has_every_step_with_its_phase_and_rate(whole_run: Path) -> None
 
 @pytest.mark.parametrize("last_step", [1, 3, 4, 6, 9, 13, 15])
 def test_a_killed_run_resumes_bit_for_bit(whole_run: Path, tmp_path: Path, last_step: int) -> None:
-    """Nothing is saved on the way out: as after SIGKILL, the run goes on from its last finished epoch."""
+    """Nothing is saved on the way out: as after SIGKILL, the run goes on from its last finished epoch, or anew."""
     running = train.training(made_splits(), fresh_model(), RECIPE, tmp_path)
     next(event for event in running if event.get("step") == last_step)
     running.close()
-    if last_step <= 4:  # killed before anything was saved: there is nothing to resume, one starts again
-        with pytest.raises(UsageError, match="nothing to resume"):
-            events(tmp_path, resume=True)
-        return
     events(tmp_path, resume=True)
     assert_equal_runs(tmp_path, whole_run)
 
@@ -183,12 +179,6 @@ def test_resuming_something_else_is_refused(whole_run: Path, recipe: Recipe, spl
     assert (whole_run / "log.jsonl").read_text() == before
 
 
-def test_without_validation_images_nothing_starts(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no validation images"):
-        list(train.training(replace(made_splits(), val=None), fresh_model(), RECIPE, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     computed = train.weighted_cross_entropy
     monkeypatch.setattr(train, "weighted_cross_entropy", lambda *given: computed(*given) * next(losses))
     with pytest.raises(train.Diverged, match=r"the loss became nan at step 6: lower lr"):
-        events(tmp_path)
+        events(tmp_path, retries=0)
     assert checkpoint.load(tmp_path / "last.safetensors").extra["step"] == 4
 
 

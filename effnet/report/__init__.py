@@ -113,8 +113,10 @@ def _warnings(run: Run) -> list[Html]:
         text = f"Training did {done} of {planned} steps and was not finished: give its command again with --resume."
         found.append(tag("div", tag("p", text), class_="callout"))
     if run.evaluation is None:
-        numbers = "The numbers here are those of the validation images, which also chose the best epoch."
-        text = f" {numbers if run.metrics else 'There are no numbers yet.'} To evaluate:"
+        numbers = "There are no numbers yet."
+        if run.metrics:
+            numbers = "The numbers here are those of the validation images, which also chose the best epoch."
+        text = f" {numbers} To evaluate:"
         commands = tag("pre", tag("code", "\n".join(_evaluation_commands(run))))
         told = tag("p", tag("b", "Not evaluated on test images."), text)
         found.append(tag("div", told, commands, class_="callout"))
@@ -191,7 +193,8 @@ def _course(run: Run) -> str:
     history, found = run.history, []
     if history.best is not None:
         kept = history.best["epoch"] + 1
-        found.append(f"The weights of epoch {kept} were kept: the best validation {run.recipe.monitor}.")
+        why = f"the best validation {run.recipe.monitor}" if history.judged else "the last, without validation images"
+        found.append(f"The weights of epoch {kept} were kept: {why}.")
     if history.early_stop:
         found.append(f"Training stopped early, after {run.recipe.patience} epochs without a better one.")
     if resumed := len(history.starts) - 1:
@@ -206,13 +209,14 @@ def _curves(run: Run) -> Section | None:
     history, todo = run.history, run.plan
     if not len(history.steps["step"]):
         return None
+    losses = f"of each step (faint), its mean by epoch{', and validation NLL' if history.judged else ''}."
     drawn = [
-        ("Loss", "of each step (faint), its mean by epoch, and validation NLL.", figures.loss_curve(history, todo)),
+        ("Loss", losses, figures.loss_curve(history, todo)),
         ("Learning rate", "of each step.", figures.rate_curve(history, todo)),
         ("Waiting for data", "as a share of the time of an epoch's steps.", figures.waiting_bars(history, todo)),
     ]
     numbers = None
-    if history.epochs:
+    if history.judged:
         judged = next(name for name in HEADLINES if name in history.epochs[0]["val"])
         curve = figures.accuracy_curve(history, todo, judged)
         drawn.insert(1, (METRICS[judged][0], "on validation images; the kept epoch is marked.", curve))

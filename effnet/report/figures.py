@@ -108,14 +108,15 @@ def loss_curve(history: History, todo: Plan) -> Html:
     label = f"Training loss over {len(history.steps['step'])} steps."
     if ends:
         training = [epoch["train_loss"] for epoch in history.epochs]
-        validation = [epoch["val"]["nll"] for epoch in history.epochs]
         axes.plot(ends, training, color=INK, linewidth=1.5, marker=_marker(ends), markersize=3.5, clip_on=False)
-        axes.plot(ends, validation, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5, clip_on=False)
-        _name_ends(axes, {"training": (training[-1], INK), "validation": (validation[-1], ACCENT)})
-        label = (
-            f"Loss by epoch. Training: from {training[0]:.3f} to {training[-1]:.3f}. "
-            f"Validation NLL: from {validation[0]:.3f} to {validation[-1]:.3f}."
-        )
+        names, label = {"training": (training[-1], INK)}, f"Training: from {training[0]:.3f} to {training[-1]:.3f}."
+        if history.judged:
+            validation = [epoch["val"]["nll"] for epoch in history.epochs]
+            axes.plot(ends, validation, color=ACCENT, linewidth=2, marker=_marker(ends), markersize=3.5, clip_on=False)
+            names["validation"] = (validation[-1], ACCENT)
+            label += f" Validation NLL: from {validation[0]:.3f} to {validation[-1]:.3f}."
+        _name_ends(axes, names)
+        label = f"Loss by epoch. {label}"
     return svg(figure, label, "loss")
 
 
