@@ -291,7 +291,7 @@ def numbers(option: str, text: str, count: int, what: str) -> list[float]:
     return found
 
 
-def budgets(words: Sequence[str]) -> dict[str, float]:
+def budgets(words: Sequence[str], option: str = "--budget") -> dict[str, float]:
     """Limits by metric from words such as `macs=1.5G`.
 
     >>> budgets(["macs=1.5G", "latency_ms=20"])
@@ -303,7 +303,7 @@ def budgets(words: Sequence[str]) -> dict[str, float]:
         found = AMOUNT.fullmatch(amount)
         if not equals or not found:
             raise UsageError(
-                f"--budget {word!r} is not METRIC=LIMIT; a limit is 400M, 1.5G, 5e6 or 20 (k, M, G, T: powers of 1000)."
+                f"{option} {word!r} is not METRIC=LIMIT; a limit is 400M, 1.5G, 5e6 or 20 (k, M, G, T: powers of 1000)."
             )
         check_choice("budget metric", metric, (*METRICS, "latency_ms"))
         if metric in limits:
@@ -332,9 +332,14 @@ def meters(
 
 
 def proxy(
-    base: Network, data: str, images: int | None, settings: Sequence[str] | None, workers: int | None
+    base: Network,
+    data: str,
+    images: int | None,
+    settings: Sequence[str] | None,
+    workers: int | None,
+    device: str = "cpu",
 ) -> "tuple[Network, Evaluate, dict[str, Any]]":
-    """For the search for coefficients: the network with the data's classes, what trains it, what that depends on."""
+    """For searches: the network with the data's classes, what trains it, what that depends on."""
     from effnet import proxy as proxies
     from effnet.data import open_data
 
@@ -343,7 +348,7 @@ def proxy(
     if images is not None:
         splits = proxies.fewer(splits, images)
     about = {"data": splits.name, "training images": splits.train.fingerprint(), "recipe": recipe.to_json()}
-    return base.with_classes(len(splits.classes)), proxies.proxy(splits, recipe, workers=workers), about
+    return base.with_classes(len(splits.classes)), proxies.proxy(splits, recipe, device=device, workers=workers), about
 
 
 def network_file(path: Path | None) -> Path | None:

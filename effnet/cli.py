@@ -54,6 +54,7 @@ from effnet.export_command import export
 from effnet.predict_command import predict
 from effnet.recipes import Recipe
 from effnet.scale_command import scale
+from effnet.search_command import search
 from effnet.serve_command import serve
 from effnet.value import UsageError, nearest
 
@@ -185,6 +186,9 @@ def info(
 
 
 app.command(epilog="Example: effnet scale efficientnet_b0 --budget macs=1.5G --budget params=8M --save net.json")(scale)
+app.command(
+    epilog='Example: effnet search --space v2 --data photos/ --objective "acc * (macs/60M)^-0.07" --limit params=5M'
+)(search)
 
 
 @app.command("recipes", epilog="Example: effnet recipes v2 --json")

@@ -220,6 +220,14 @@ def _unit_cost(unit: Unit, network: Network, rectified: Any) -> UnitCost:
 
 def _counts(unit: Unit, network: Network, rectified: Any) -> dict[str, Any]:
     """The counts of one unit; arrays in, arrays out. `rectified`: its input is what an in-place ReLU left."""
+    return counts(unit) | {"saved_elements": _saved(unit, network, rectified)}
+
+
+def counts(unit: Unit) -> dict[str, Any]:
+    """Params, norm statistics, macs and activations of one unit: what adds up over units whatever stands before them.
+
+    Arrays of candidates in, arrays out.
+    """
     params = norm_statistics = macs = activations = 0
     for conv in unit.convs:
         there = present(conv)
@@ -228,13 +236,7 @@ def _counts(unit: Unit, network: Network, rectified: Any) -> dict[str, Any]:
         norm_statistics += there * 2 * conv.norm * conv.out_channels
         macs += there * weights * conv.out_size**2
         activations += there * conv.out_channels * conv.out_size**2
-    return {
-        "params": params,
-        "norm_statistics": norm_statistics,
-        "macs": macs,
-        "activations": activations,
-        "saved_elements": _saved(unit, network, rectified),
-    }
+    return {"params": params, "norm_statistics": norm_statistics, "macs": macs, "activations": activations}
 
 
 def present(conv: Conv) -> Any:

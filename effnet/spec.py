@@ -136,7 +136,8 @@ class Stage(Value):
     """A row of the table: `repeats` blocks of one kind; the first has the stride, and its input width is derived.
 
     `expand`: the factor on the block's input width for `mbconv` and `fused`; on the *output* width for `bottleneck`
-    (0.25). `se`: squeeze width as a share of the block's input width, 0 for none.
+    (0.25). `se`: squeeze width as a share of the block's input width, 0 for none. `skip`: whether the identity is added
+    where it fits (MnasNet's SkipOp; a `separable` block never has it, the residual ones always).
     """
 
     op: Op
@@ -147,6 +148,7 @@ class Stage(Value):
     expand: float = 1
     se: float = 0.0
     deepen: float = 1.0  # power of the depth factor that it follows; 0: never deepened (first and last stage of Lite)
+    skip: bool = True
 
     def __post_init__(self) -> None:
         check_choice("stage op", self.op, get_args(Op))
@@ -159,6 +161,8 @@ class Stage(Value):
         _check_window("stage", self.kernel, self.stride)
         if self.se and self.op not in ("mbconv", "fused"):
             raise UsageError(f"stage se is {self.se}, but {self.op} blocks have no squeeze-excite.")
+        if not self.skip and self.op in ("basic", "bottleneck"):
+            raise UsageError(f"stage skip is false, but {self.op} blocks are made of their shortcut.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +219,8 @@ class Network(Value):
         rows = [f"{self.name}  {self.resolution} px  {self.activation}  {self.padding} padding"]
         rows.append(f"  stem        conv{self.stem.kernel} s{self.stem.stride} -> {self.stem.width}")
         for i, s in enumerate(self.stages):
-            se = f" se{s.se:g}" if s.se else ""
-            rows.append(f"  stages.{i}    {s.op} e{s.expand:g} k{s.kernel} s{s.stride}{se} -> {s.width} x{s.repeats}")
+            more = (f" se{s.se:g}" if s.se else "") + ("" if s.skip else " noskip")
+            rows.append(f"  stages.{i}    {s.op} e{s.expand:g} k{s.kernel} s{s.stride}{more} -> {s.width} x{s.repeats}")
         rows.append(
             f"  head        {self.head.width or 'none'} -> {self.head.classes} classes, dropout {self.dropout:g}"
         )
@@ -413,7 +417,7 @@ def block(
     out_size = half(size, stride)
     mid, squeeze, convs = _BLOCKS[stage.op](stage, in_channels, out_channels, stride, size, out_size)
     residual = stage.op in ("basic", "bottleneck")
-    fits = stride == 1 and stage.op != "separable" and _equal(in_channels, out_channels)
+    fits = stage.skip and stride == 1 and stage.op != "separable" and _equal(in_channels, out_channels)
     return Unit(
         name=name,
         op=stage.op,

@@ -56,9 +56,10 @@ MOTION = [
     "deploy",
     "plots",
     "heat_map",
+    "search",
     "serve",
 ]
-COMMANDS = [f"{verb}_command" for verb in ("scale", "predict", "serve", "bench", "export")]
+COMMANDS = [f"{verb}_command" for verb in ("scale", "search", "predict", "serve", "bench", "export")]
 DOOR = ["arguments", "display", *COMMANDS, "cli", "__main__"]
 ORDER = [*FACTS, *MATTER, *SAMPLES, *MOTION, *DOOR]
 

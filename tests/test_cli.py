@@ -30,8 +30,8 @@ from effnet.spec import Head, Network, Preprocess, Stage, Stem
 from tests.conftest import write_images
 
 VERBS = (
-    "list", "info", "scale", "recipes", "doctor", "plan", "train", "eval", "predict", "explain", "bench", "plot",
-    "report", "convert", "export", "serve",
+    "list", "info", "scale", "search", "recipes", "doctor", "plan", "train", "eval", "predict", "explain", "bench",
+    "plot", "report", "convert", "export", "serve",
 )  # fmt: skip
 TINY = Network(
     name="tiny",
