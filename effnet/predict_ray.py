@@ -8,8 +8,9 @@ comes back) holds no work. A batch that was on a dying actor `MOST_LOSSES` times
 Models and images are named by paths: every machine must see them at the same place. Ray is the extra `[cluster]`.
 """
 
+import bisect
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -101,11 +102,14 @@ class _Pool:
     def answers(self, batches: Iterable[Sequence[Input]]) -> Generator[list[Prediction]]:
         source = enumerate(batches)
         held: dict[int, Sequence[Input]] = {}  # whose rows are not out yet
-        again: deque[int] = deque()
+        again: list[int] = []  # sorted: what is due first goes first
         rows: dict[int, list[Prediction]] = {}
         due, begun, more = 0, 0, True
         while True:
-            while (actor := self.idle()) is not None and (again or (more and begun < due + WINDOW * self.count)):
+            while again or (more and begun < due + WINDOW * self.count):
+                actor = self.idle(alone=bool(again) and self.losses[again[0]] > 0)
+                if actor is None:
+                    break
                 if not again:
                     found = next(source, None)
                     if found is None:
@@ -114,7 +118,7 @@ class _Pool:
                     held[found[0]] = found[1]
                     begun += 1
                     again.append(found[0])
-                number = again.popleft()
+                number = again.pop(0)
                 self.running[actor.judged.remote(held[number])] = actor, number
             if not (more or held):
                 break
@@ -128,17 +132,22 @@ class _Pool:
                         rows[number] = self.ray.get(call)
                     except self.losses_of_ray():
                         self.lose(actor, number, held[number])
-                        again.appendleft(number)
+                        bisect.insort(again, number)
             while due in rows:
                 yield rows.pop(due)
                 del held[due]
                 due += 1
 
-    def idle(self) -> Any:
-        """The ready actor with the fewest calls, if it may have one more."""
-        loads = Counter(actor for actor, _ in self.running.values())
+    def idle(self, *, alone: bool) -> Any:
+        """The ready actor with the fewest calls, if it may have one more.
+
+        `alone`: for a batch that was lost before. It gets an actor to itself, so that no other is blamed for its deeds.
+        """
+        loads: Counter[Any] = Counter()
+        for actor, number in self.running.values():
+            loads[actor] += CALLS_AHEAD if self.losses[number] else 1
         best = min(self.ready, key=lambda actor: loads[actor], default=None)
-        return best if best is not None and loads[best] < CALLS_AHEAD else None
+        return best if best is not None and loads[best] < (1 if alone else CALLS_AHEAD) else None
 
     def introduce(self, call: Any) -> None:
         """An actor says who it is: then it may work, unless its model is another one."""

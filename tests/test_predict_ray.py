@@ -6,6 +6,7 @@ import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from ray.cluster_utils import Cluster
 from effnet.inputs import Input, batched, inputs
 from effnet.predict import answers, identity, opened_on
 from effnet.predict_job import predict_to_file
-from effnet.predict_ray import MOST_LOSSES, answers_on_ray
+from effnet.predict_ray import MOST_LOSSES, _Pool, answers_on_ray
 from effnet.value import UsageError
 from tests.conftest import write_images
 from tests.test_predict_job import keep_model
@@ -112,6 +113,68 @@ def test_another_model_or_none_on_a_worker_ends_the_job(bench: Path, cluster: Cl
         next(answers_on_ray(model, batches, top_k=1, actors=1, expected="small (123)"))
     with pytest.raises(UsageError, match=r"no worker could open .*absent\.safetensors"):
         next(answers_on_ray(str(bench / "absent.safetensors"), batches, top_k=1, actors=1, expected="small (123)"))
+
+
+class FakeActor:
+    """Compared by identity, as Ray's handles are."""
+
+    introduced: Any
+    judged: Any
+
+
+class RayInHere:
+    """Ray as far as `_Pool` uses it, in this process. A batch with "deadly" kills its actor and all calls it has."""
+
+    class exceptions:
+        class RayActorError(Exception):
+            pass
+
+        NodeDiedError = OutOfMemoryError = WorkerCrashedError = ObjectLostError = RayActorError
+
+    def __init__(self) -> None:
+        self.calls: dict[int, tuple[Any, Any]] = {}
+
+    def remote(self, **options: Any) -> Any:
+        def made(worker: Any) -> Any:
+            return SimpleNamespace(remote=lambda *arguments: self.actor())
+
+        return made
+
+    def actor(self) -> Any:
+        actor = FakeActor()
+        actor.introduced = SimpleNamespace(remote=lambda: self.call(actor, ("same", id(actor))))
+        actor.judged = SimpleNamespace(remote=lambda items: self.call(actor, [item.name for item in items]))
+        return actor
+
+    def call(self, actor: Any, answer: Any) -> int:
+        self.calls[len(self.calls)] = actor, answer
+        return len(self.calls) - 1
+
+    def wait(self, calls: list[int], num_returns: int) -> tuple[list[int], list[int]]:
+        for actor in {id(self.calls[call][0]): self.calls[call][0] for call in calls}.values():
+            own = [call for call in calls if self.calls[call][0] is actor]
+            if any(self.calls[call][1] == ["deadly"] for call in own):  # even answers that were ready are lost
+                for call in own:
+                    self.calls[call] = actor, self.exceptions.RayActorError()
+        return [min(calls)], []
+
+    def get(self, call: int) -> Any:
+        if isinstance(answer := self.calls[call][1], Exception):
+            raise answer
+        return answer
+
+    def kill(self, actor: Any) -> None:
+        pass
+
+
+def test_a_batch_beside_a_deadly_one_is_not_blamed() -> None:
+    pool = _Pool(RayInHere(), 1, ("model", False, 1), "same", lambda event: None)
+    batches = [[Input(name, Path("x"))] for name in ("before", "deadly", "after")]
+    rows = pool.answers(batches)
+    assert next(rows) == ["before"]
+    with pytest.raises(UsageError, match="from deadly to deadly"):
+        next(rows)
+    assert pool.losses[1] == MOST_LOSSES and max(pool.losses[0], pool.losses[2]) <= 1
 
 
 class Held(Input):
