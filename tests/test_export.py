@@ -140,6 +140,13 @@ def test_the_graph_takes_prepared_bytes_and_any_batch(exported):
     assert "BatchNormalization" not in operators
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_an_engine_leaves_the_arithmetic_of_the_process_alone(exported, samples, way):
+    """A runtime can switch the calling thread to flushing subnormal numbers, for everything that runs after it."""
+    open_artefact(exported[way].path)(samples.views[:1])
+    assert np.float32(1e-39) * np.float32(0.5) != 0
+
+
 @pytest.mark.parametrize("way", [("onnx", "float32"), ("openvino", "bfloat16"), ("torch", "float32")])
 def test_threads_may_share_an_engine(exported, samples, way):
     engine = open_artefact(exported[way].path)
