@@ -13,7 +13,7 @@ For each network timm's model, with random weights and sensible batch norms, is 
 Ours start from bytes and end in probabilities; timm's start from normalised float32 images and end in logits: what ours
 do more counts against them. Two processes work in turns, never at once: timm here, all else in effnet's own
 environment, both bound to the same core. Rounds go A B C C B A; a ratio is the median of the rounds' ratios over
-`timm float32`. `difference`: from the logits of timm in float32, root mean square, relative (with random weights
+`timm float32`. `difference`: from the probabilities of timm in float32, root mean square, relative (with random weights
 bfloat16 looks worse than with trained ones).
 
 Run in the peers' environment (README.md beside this file), on a machine that does nothing else, from the root:
@@ -87,7 +87,7 @@ def calls_of(work: Work) -> int:
 
 
 def prepared(setting: str, folder: Path) -> tuple[dict[str, Work], np.ndarray]:
-    """timm's calls, and its centred logits for the image that all are given; what the runner needs is in `folder`."""
+    """timm's calls, and its probabilities for the image that all are given; what the runner needs is in `folder`."""
     theirs, ours, size, _ = SETTINGS[setting]
     operators()
     import timm
@@ -109,7 +109,7 @@ def prepared(setting: str, folder: Path) -> tuple[dict[str, Work], np.ndarray]:
     np.save(folder / "images.npy", images.numpy())
     with torch.no_grad():
         torch.export.save(torch.export.export(model, (images,)), folder / "theirs.pt2")
-        expected = centred(model(images).log_softmax(1).numpy())
+        expected = model(images).softmax(1).numpy()
     other = [thing.to(memory_format=torch.channels_last) for thing in (copy.deepcopy(model), images)]
     plain, last = (functools.partial(eager, *pair) for pair in ((model, images), other))
     return dict(zip(EAGER, (plain, last), strict=True)), expected
@@ -124,9 +124,10 @@ def calm(model: Any, size: int, generator: torch.Generator) -> None:
     layer.bias /= spread
 
 
-def centred(values: np.ndarray) -> np.ndarray:
-    """Logarithms of probabilities are logits up to a number per image."""
-    return values - values.mean(1, keepdims=True)
+def softmax(values: np.ndarray) -> np.ndarray:
+    """Probabilities, (N, classes), of logits."""
+    powers = np.exp(values - values.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
 
 
 def eager(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -185,9 +186,9 @@ def serve(folder: Path) -> None:
     for name, (backend, precision) in OURS.items():
         engine = open_engine(written(model, backend, precision, folder))
         works[name] = functools.partial(engine, views)
-        differences[name] = relative(centred(np.log(works[name]())), expected)
+        differences[name] = relative(works[name](), expected)
     works[THEIRS] = theirs_in_openvino(folder)
-    differences[THEIRS] = relative(centred(works[THEIRS]()), expected)
+    differences[THEIRS] = relative(softmax(works[THEIRS]()), expected)
     calls = {name: calls_of(work) for name, work in works.items()}
     print(json.dumps(differences), file=lines, flush=True)
     for line in sys.stdin:
