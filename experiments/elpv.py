@@ -12,7 +12,7 @@ Command   python experiments/elpv.py run --models efficientnet_lite0 --protocols
           python experiments/elpv.py table
 Time      15 to 22 minutes a run, two at a time on two cores; results/elpv.jsonl has seconds and environment of each
 Outcome   Lite0, seeds 0-4: 87.14 +- 0.99, and 87.76 +- 0.48 as the mean over eight turns: missed by 1.3 and 0.7
-          points, within one standard error. Lite2 with --refit, seeds 0-2 only: 87.73 +- 1.59, with turns 89.16 +- 1.31.
+          points, within one standard error. Lite2 with --refit, seeds 0-2 only: 87.73 +- 1.59, turned 89.16 +- 1.31.
           By module, Lite0, seeds 0-1 only: 69.1. The rest, and Lite1, is still to run (docs/elpv.md).
 
 Images: CC BY-NC-SA 4.0 (Buerhop-Lutz et al. 2018; Deitsch et al. 2019, 2021); read from the installed package, never
