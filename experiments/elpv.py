@@ -58,7 +58,8 @@ def one(
 
     recipe = recipes.with_settings(recipes.get("inspection"), {"seed": str(seed)} | settings)
     splits = open_data(protocol, split_seed=seed, **({"val_fraction": 0.0} if refit else {}))
-    outcome = train(splits, load_model(f"{model}.in1k"), recipe, out, device=device)
+    resume = (out / "last.safetensors").exists()  # a run that was cut off goes on
+    outcome = train(splits, load_model(f"{model}.in1k"), recipe, out, device=device, resume=resume)
     return {
         "model": model,
         "protocol": protocol,
