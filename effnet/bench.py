@@ -36,6 +36,7 @@ from effnet.latency import LatencyTable, Quantity
 from effnet.layers import fold_norms
 from effnet.native import cache_folder
 from effnet.network import Model, build
+from effnet.optim import renew_norms
 from effnet.plan import environment
 from effnet.spec import Network
 from effnet.value import UsageError, Value, check_choice, check_range
@@ -381,13 +382,9 @@ def ready(network: Network, *, precision: str = "float32", fold: bool = False, s
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         model = build(network, generator=generator)
-        model.set_generator(generator)
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = None  # the plain average over the batches
         small = max(2 * network.stride, 64)
-        for _ in range(2):
-            model.train()(torch.randn(4, network.stem.in_channels, small, small, generator=generator))
+        shape = (4, network.stem.in_channels, small, small)
+        renew_norms(model, (torch.randn(shape, generator=generator) for _ in range(2)))
         if fold:
             fold_norms(model)
         return model.eval().to(DTYPES[precision], memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

@@ -13,13 +13,14 @@ from PIL import Image, ImageEnhance
 
 from effnet import native, pixels
 from effnet.spec import Interpolation
+from tests.conftest import missing
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
     if native.picture_library() is None:  # as in test_native: no compiler is a machine without them, else our fault
         reason = native.why_not()
-        (pytest.skip if "no C++ compiler" in reason or "Linux" in reason else pytest.fail)(reason)
+        (missing if "no C++ compiler" in reason or "Linux" in reason else pytest.fail)(reason)
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
