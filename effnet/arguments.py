@@ -75,7 +75,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 
 SPLIT_SEED, VAL_FRACTION = 0, 0.15
 AUTO = "auto"
-WITHOUT_AN_UP = ("elpv", "elpv-modules")  # named sets whose pictures may be turned and mirrored at will
 
 
 def device(name: str) -> str:
@@ -177,8 +176,7 @@ def job(
     start, trained = _start(model, pretrained, pretrained_from, len(splits.classes))
     why = ""
     if chosen is None:
-        upright = splits.name not in WITHOUT_AN_UP
-        chosen, why = recipes.choose(splits.train.counts().tolist(), trained=trained, upright=upright)
+        chosen, why = recipes.choose(splits.train.counts().tolist(), trained=trained, upright=splits.upright)
     told = recipes.with_settings(chosen, changes)
     return Job(splits=_with_minival(splits, told.minival, split_seed), model=start, recipe=told, why=why)
 

@@ -142,6 +142,7 @@ def _elpv_splits(
         classes=cells.classes,
         name=name,
         note=f"{protocol} {ELPV_LICENCE}",
+        upright=False,
     )
 
 

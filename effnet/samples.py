@@ -179,7 +179,10 @@ class Source:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Splits:
-    """A data set ready for a run. `note`: licence, citation and how it was split, in words that reports repeat."""
+    """A data set ready for a run. `note`: licence, citation and how it was split, in words that reports repeat.
+
+    `upright`: its pictures have an up; those of cells or tissue may be turned and mirrored at will.
+    """
 
     train: Source
     val: Source | None
@@ -187,6 +190,7 @@ class Splits:
     classes: tuple[str, ...]
     name: str
     note: str = ""
+    upright: bool = True
 
     def __post_init__(self) -> None:
         for source in self.parts().values():

@@ -369,6 +369,7 @@ def test_elpv_says_what_a_reader_must_know():
     wording = "same data, same split sizes and metric as reconstructed from the paper; the paper's split is unpublished"
     assert wording in note[0].lower() + note[1:] and "CC BY-NC-SA 4.0" in note and "Deitsch" in note
     assert "whole stretches" in open_data("elpv-modules").note
+    assert not open_data("elpv").upright and not open_data("elpv-modules").upright
 
 
 def test_elpv_takes_a_checkpoints_class_order():
