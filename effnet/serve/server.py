@@ -23,8 +23,17 @@ Say = Callable[[str], None]
 
 def run(model: str, options: Options, ready: Callable[[dict[str, Any]], None], say: Say) -> None:
     """`serve`, in this process."""
-    with _listener(options) as listener:
-        asyncio.run(_serve(model, options, listener, ready, say))
+    with _listener(options) as listener, asyncio.Runner(loop_factory=_new_loop()) as runner:
+        runner.run(_serve(model, options, listener, ready, say))
+
+
+def _new_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where there is one: it takes less of a core than asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:  # Windows
+        return None
+    return uvloop.new_event_loop
 
 
 async def _serve(
