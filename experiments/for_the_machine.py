@@ -251,7 +251,7 @@ def accuracies(found: list[dict[str, Any]]) -> str:
                 seeds = trained.get((*setting, integers(ways[way])))
                 if not seeds:
                     continue
-                mean, difference, verdict = against(seeds, reference, "accuracy")
+                mean, difference, verdict = against(seeds, reference)
                 if integers(ways[way]) == integers(ways["by MACs"]):
                     difference, verdict = "", "" if way == "by MACs" else "the same network"
                 cells = [f"{name}, {px} px, x{budget:g}, {precision}", f"{setting[0]:,}, {setting[1]}", way]
