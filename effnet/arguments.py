@@ -339,6 +339,16 @@ def proxy(
 ) -> "tuple[Network, Evaluate, dict[str, Any]]":
     """For searches: the network with the data's classes, what trains it, what that depends on."""
     from effnet import proxy as proxies
+
+    splits, recipe, about = proxy_task(data, images, settings)
+    return base.with_classes(len(splits.classes)), proxies.proxy(splits, recipe, device=device, workers=workers), about
+
+
+def proxy_task(
+    data: str, images: int | None, settings: Sequence[str] | None
+) -> "tuple[Splits, recipes.Recipe, dict[str, Any]]":
+    """What short trainings learn from and how, and the words of that for a study."""
+    from effnet import proxy as proxies
     from effnet.data import open_data
 
     recipe = recipes.with_settings(proxies.PROXY, dict(map(_setting, settings or ())))
@@ -346,7 +356,7 @@ def proxy(
     if images is not None:
         splits = proxies.fewer(splits, images)
     about = {"data": splits.name, "training images": splits.train.fingerprint(), "recipe": recipe.to_json()}
-    return base.with_classes(len(splits.classes)), proxies.proxy(splits, recipe, device=device, workers=workers), about
+    return splits, recipe, about
 
 
 def network_file(path: Path | None) -> Path | None:

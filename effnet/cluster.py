@@ -1,4 +1,4 @@
-"""How do several processes train one model? The one door to `torch.distributed`.
+"""How do several processes train one model? The one door to `torch.distributed`, and to Ray (`ray_cluster`).
 
 `torchrun --nproc_per_node=N -m effnet train ...` starts N processes of the same command; `joined` lets them find each
 other (NCCL between GPUs, gloo otherwise) and every function here does nothing in a process that is alone. Each process
@@ -11,7 +11,9 @@ accumulated micro-batches, and the weighted mean over the whole batch stays exac
 price: gradients travel after the backward pass, not during it.
 """
 
+import logging
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable
@@ -27,6 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 from effnet.value import UsageError
 
 T = TypeVar("T")
+
+NO_RAY = "--engine ray needs ray, which is not installed: pip install 'effnet[cluster]'"
 
 
 class Lost(UsageError):
@@ -117,6 +121,44 @@ def _talking() -> Generator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise Lost(f"process {rank()} lost the others of this run ({reason:.200}).") from error
+
+
+@contextmanager
+def ray_cluster() -> Generator[Any]:
+    """Within, the package `ray` is connected: to the cluster that `RAY_ADDRESS` names, else to one made here for it.
+
+    Who is connected already stays so. `UsageError` where ray is not installed, or no cluster answers.
+    """
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise UsageError(NO_RAY) from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # "local": not the cluster that somebody else has left running on this machine
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if "RAY_ADDRESS" not in os.environ:
+            options |= {"address": "local", "include_dashboard": False}
+        try:
+            _knock(os.environ.get("RAY_ADDRESS", ""))
+            ray.init(**options)
+        except (OSError, RuntimeError, ValueError) as error:
+            place = os.environ.get("RAY_ADDRESS", "this machine")
+            raise UsageError(f"no Ray cluster answers at {place}: {' '.join(str(error).split()):.200}") from None
+    try:
+        yield ray
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """`OSError` where nobody listens at HOST:PORT: Ray (2.60) itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 # --- what is said to the others -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from effnet.cluster import ray_cluster
 from effnet.inputs import Input
 from effnet.predict import Prediction, answers, identity, opened_on
 from effnet.value import UsageError, check_range
@@ -57,24 +58,14 @@ def answers_on_ray(
     `expected` on every machine. `on_event` is told of actors that are ready, lost or of another model.
     `UsageError` if no actor can start, or one batch was lost again and again.
     """
-    ray = _ray()
-    started_here = not ray.is_initialized()
-    if started_here:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # "local": not the cluster that somebody else has left running on this machine
-        options = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
-        ray.init(**options, log_to_driver=False, logging_level="warning")
-    pool = None
-    try:
+    with ray_cluster() as ray:
         count = actors or int(ray.cluster_resources().get("CPU", 0))
         check_range("the number of actors", count, 1)
         pool = _Pool(ray, count, (where, turns, top_k), expected, on_event)
-        yield from pool.answers(batches)
-    finally:
-        if pool:
+        try:
+            yield from pool.answers(batches)
+        finally:
             pool.close()
-        if started_here:
-            ray.shutdown()
 
 
 class _Pool:
@@ -199,12 +190,3 @@ class _Pool:
 
 def _last_line(error: Exception) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError:
-        raise UsageError("--engine ray needs ray, which is not installed: pip install 'effnet[cluster]'") from None
-    return ray

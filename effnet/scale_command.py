@@ -3,6 +3,7 @@
 One of these ways at a time; the answer is one document: before, after, the distance from every limit, what binds.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from effnet import arguments, display
 from effnet.arguments import AsJson, Settings, Workers
 from effnet.cost import METRICS, stage_rows
+from effnet.files import reason
 from effnet.fitting import ALONG, fit
 from effnet.scaling import Coefficients, baseline
 from effnet.scaling import scale as scaled
@@ -34,7 +36,10 @@ def scale(
         typer.Option(metavar="METRIC=LIMIT", help=f"A hard limit, as macs=1.5G: {', '.join(METRICS)}, latency_ms."),
     ] = None,
     along: Annotated[str, typer.Option(help=f"To a budget: {', '.join(ALONG)}.")] = "compound",
-    coefficients: Annotated[str, typer.Option(metavar="A,B,C", help="alpha, beta, gamma.")] = "1.2,1.1,1.15",
+    coefficients: Annotated[
+        str,
+        typer.Option(metavar="A,B,C|FILE", help="alpha, beta, gamma; or what --search-coefficients --json printed."),
+    ] = "1.2,1.1,1.15",
     size: Annotated[int | None, typer.Option(min=1, help="The baseline's input size, if not its own.")] = None,
     deepen: Annotated[
         str | None, typer.Option(metavar="P,P,...", help="By stage, the power of the depth factor: 0,1,1,1.5.")
@@ -77,7 +82,7 @@ def scale(
     given = [name for name, there in ways.items() if there]
     if len(given) != 1:
         raise UsageError(f"say one way to scale, of {', '.join(ways)}; given: {' and '.join(given) or 'none'}.")
-    alpha, beta, gamma = arguments.numbers("--coefficients", coefficients, 3, "alpha, beta and gamma")
+    by = _coefficients(coefficients)
     base = arguments.to_scale(model, size, deepen, training_memory="training_bytes" in limits)
     grid = {"resolution_step": resolution_step, "max_resolution": max_resolution}
     if search_coefficients:
@@ -87,7 +92,6 @@ def scale(
         kept = study or Path("runs") / f"scale-{arguments.slug(model)}-{arguments.slug(data)}.jsonl"
         _search_coefficients(base, data, images, settings, workers, kept, options, as_json)
         return
-    by = Coefficients(alpha, beta, gamma)
     meters, error = arguments.meters(limits, threads, precision)
     document = _scaled(base, phi, point, limits, along, by, grid | {"batch": batch, "meters": meters})
     document |= {"model": model, "saved": str(save) if save else None}
@@ -97,6 +101,21 @@ def scale(
             raise UsageError(f"--save keeps a Network; {model} is a factory: build it with the factors printed here.")
         arguments.keep_network(save, document["definition"])
     display.answer(document, as_json, lambda: display.show_scaled(display.console(), document))
+
+
+def _coefficients(text: str) -> Coefficients:
+    """The coefficients that were typed, or those of the winner in a file that the search for them left."""
+    if not text.endswith(".json"):
+        return Coefficients(*arguments.numbers("--coefficients", text, 3, "alpha, beta and gamma"))
+    try:
+        found = json.loads(Path(text).read_text())["winner"]["candidate"]["coefficients"]
+    except OSError as error:
+        raise UsageError(f"--coefficients {text}: {reason(error)}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--coefficients {text} is not what `effnet scale MODEL --search-coefficients --data DATA --json` prints."
+        ) from None
+    return Coefficients.from_dict(found)
 
 
 def _scaled(

@@ -7,8 +7,9 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, Group
@@ -26,7 +27,13 @@ from effnet.value import UsageError, check_choice
 from effnet.words import duration, percent, short
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from effnet.coefficients import Evaluate
+    from effnet.recipes import Recipe
+    from effnet.samples import Splits
+    from effnet.search.on_ray import Tasks
     from effnet.search.ranking import Correlation
     from effnet.search.records import Trial
     from effnet.search.study import Found
@@ -72,6 +79,27 @@ def search(
         str | None,
         typer.Option(metavar="FILE|URL", help="A SQLite file, or postgresql://... Default: runs/search-....db."),
     ] = None,
+    evaluator: Annotated[
+        Literal["training", "supernet"],
+        typer.Option(help="training: each candidate by itself. supernet: as parts of one, trained once for --epochs."),
+    ] = "training",
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="ray: every training is a task of a Ray cluster (effnet[cluster]).")
+    ] = "local",
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="With ray: trials under way. Default: as many as the cluster has room for."),
+    ] = None,
+    cpus: Annotated[float, typer.Option(min=0.01, help="With ray: that a trial needs.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="With ray: that a trial needs; a fraction shares one.")] = 0.0,
+    retries: Annotated[int, typer.Option(min=0, help="With ray: of a trial whose machine or process died.")] = 3,
+    lag: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="K: a trial follows from all but the K - 1 before it, and a replay is exact. 0: from what is done.",
+        ),
+    ] = 0,
     patience: Annotated[float, typer.Option(help="Minutes to wait for a database that does not answer.")] = 10.0,
     save: Annotated[
         Path | None,
@@ -80,7 +108,9 @@ def search(
     rank_check: Annotated[
         int | None, typer.Option(metavar="N", help="Train N candidates (20 or more) longer, and compare the orders.")
     ] = None,
-    rank_epochs: Annotated[int | None, typer.Option(help="Of that. Default: 3 x the last of --epochs.")] = None,
+    rank_epochs: Annotated[
+        int | None, typer.Option(help="Of that. Default: 3 x the last of --epochs (supernet: once).")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of the latency table, for latency_ms.")] = 1,
     precision: Annotated[str, typer.Option(help="Of the latency table: float32 or bfloat16.")] = "float32",
     settings: Settings = None,
@@ -93,26 +123,43 @@ def search(
     Limits are exact and cost no training. Stopped or killed, the same command goes on. The winner is a Network file
     that train, scale and info take as MODEL.
     """
+    from effnet.proxy import proxy
+
     arguments.network_file(save)
     objectives = tuple(Objective(text) for text in objective or ["acc * (macs/400M)^-0.07"])
     limits = _limits(limit or ())
     rungs = _rungs(epochs)
     made = _space(space, vary or (), baseline, px, width, depth, least_map)
-    task = Task(
-        space=made, objectives=objectives, limits=limits, strategy=strategy, seed=seed, rungs=rungs, eta=eta
-    )  # fmt: skip
-    where = arguments.device(device)
-    base, evaluate, about = arguments.proxy(made.base, data, images, settings, workers, where)
-    task = task.replace(space=made.replace(base=base), about=about | {"threads": threads, "precision": precision})
+    settled: dict[str, Any] = {"strategy": strategy, "seed": seed, "rungs": rungs, "eta": eta, "lag": lag}
+    task = Task(space=made, objectives=objectives, limits=limits, **settled)
+    fleet = _fleet(engine, at_once, cpus, gpus, retries)
+    where = arguments.device(device) if fleet is None else fleet.device(device)
+    if fleet is not None and workers is None:
+        workers = max(0, int(cpus) - 1)
+    splits, recipe, about = arguments.proxy_task(data, images, settings)
+    about |= {"threads": threads, "precision": precision}
+    task = task.replace(space=made.replace(base=made.base.with_classes(len(splits.classes))), about=about)
+    alone = proxy(splits, recipe, device=where, workers=workers)
     meters = _meters(task, json.loads(about["recipe"]), where, threads, precision)
     name = f"search-{arguments.slug(space or 'vary')}-{arguments.slug(data)}"
     kept = study or str(Path("runs") / f"{name}.db")
     files = Path(kept) if "://" not in kept else Path("runs") / f"{name}.db"
     out, drawn = save or files.with_suffix(".json"), files.with_suffix(".png")
     people = display.console(stderr=True)
+
+    def judge() -> "Evaluate":
+        """What gives a candidate its accuracy, once it is known that there is something to judge."""
+        if evaluator == "training":
+            return alone
+        file = files.with_suffix(".supernet.safetensors")
+        return _supernet(people, task, splits, recipe, file, device=where, workers=workers)
+
+    if evaluator == "supernet":
+        task = _with_supernet(task, fleet)
     try:
-        result = _searched(people, task, evaluate, kept, trials, meters, patience)
-        check = _checked(people, task, evaluate, kept, rank_check, rank_epochs or 3 * rungs[-1])
+        result = _searched(people, task, judge, kept, meters, fleet, trials=trials, patience=60 * patience)
+        longer = rank_epochs or (1 if evaluator == "supernet" else 3) * rungs[-1]
+        check = _checked(people, task, alone, kept, fleet, count=rank_check, epochs=longer)
     except KeyboardInterrupt:
         sys.stderr.write(f"effnet: stopped; the same command goes on from {kept}.\n")
         raise typer.Exit(130) from None
@@ -206,12 +253,87 @@ def _meters(task: Task, recipe: dict[str, Any], device: str, threads: int, preci
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """What `--engine ray` was told."""
+
+    at_once: int | None
+    cpus: float
+    gpus: float
+    retries: int
+
+    def tasks(self) -> "AbstractContextManager[Tasks]":
+        """The cluster."""
+        from effnet.search.on_ray import on_ray
+
+        return on_ray(cpus=self.cpus, gpus=self.gpus, retries=self.retries)
+
+    def device(self, name: str) -> str:
+        """Where a task computes: on the GPU that it declares, whatever this machine has."""
+        if name == "cuda" and not self.gpus:
+            raise UsageError("--device cuda with --engine ray: say how many a trial needs, --gpus 1.")
+        return "cpu" if name == "cpu" or not self.gpus else "cuda"
+
+
+def _fleet(engine: str, at_once: int | None, cpus: float, gpus: float, retries: int) -> Fleet | None:
+    if engine == "ray":
+        return Fleet(at_once=at_once, cpus=cpus, gpus=gpus, retries=retries)
+    if at_once is not None or gpus:
+        raise UsageError("--at-once and --gpus go with --engine ray; here, run the command again on the same --study.")
+    return None
+
+
 # --- the search, for people -----------------------------------------------------------------------------------------
 
 
+def _with_supernet(task: Task, fleet: Fleet | None) -> Task:
+    """The task, judged by a supernet; refused where that cannot be."""
+    from effnet.search.supernet import Supernet
+
+    if fleet is not None:
+        raise UsageError("--engine ray trains candidates; those of a --evaluator supernet are judged in seconds, here.")
+    if len(task.rungs) > 1:
+        raise UsageError(f"--epochs {task.rungs}: a supernet is trained once, for one number of epochs.")
+    Supernet(task.space, task.seed)
+    return task.replace(about=task.about | {"evaluator": "supernet"})
+
+
+def _supernet(
+    people: Console, task: Task, splits: "Splits", recipe: "Recipe", file: Path, **options: Any
+) -> "Evaluate":
+    """Trains the supernet, or what is left of that, with a line for every epoch."""
+    from effnet.search.supernet import Supernet, judging, training
+
+    short = recipe.replace(
+        epochs=task.rungs[0],
+        seed=task.seed,
+        batch=min(recipe.batch, len(splits.train)),
+        warmup=min(recipe.warmup, task.rungs[0] / 4),
+    )
+    net = Supernet(task.space, task.seed)
+    for event in training(net, splits, short, file, **options):
+        told = f"supernet: epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
+        people.print(f"{told}  ({duration(event['seconds'])})", markup=False)
+    return judging(net, splits, short, **options)
+
+
 def _searched(
-    people: Console, task: Task, evaluate: "Evaluate", study: str, trials: int, meters: Meters, patience: float
+    people: Console,
+    task: Task,
+    judge: "Callable[[], Evaluate]",
+    study: str,
+    meters: Meters,
+    fleet: Fleet | None,
+    *,
+    trials: int,
+    **options: Any,
 ) -> "Found":
+    """The search to its end, here or on the fleet, with a line for every trial."""
+    if fleet is not None:
+        with fleet.tasks() as tasks:
+            options["at_once"] = fleet.at_once or max(1, tasks.room)
+            there = {name: tasks(meter) if name == "step_ms" else meter for name, meter in meters.items()}
+            return _searched(people, task, lambda: tasks(judge()), study, there, None, trials=trials, **options)
     from effnet.search.records import opened
     from effnet.search.study import found, searching
 
@@ -221,8 +343,12 @@ def _searched(
     result = found(task, records.trials())
     if result.trials:
         people.print(f"going on with {study}: {len(result.trials)} trials are there", markup=False)
+    ended = sum(trial.state in ("finished", "stopped", "failed") for trial in result.trials)
+    if ended >= trials:
+        return result
+    evaluate = judge()
     with _live(people) as live:
-        for trial in searching(task, evaluate, study, trials=trials, meters=meters, patience=60 * patience):
+        for trial in searching(task, evaluate, study, trials=trials, meters=meters, **options):
             result = found(task, records.trials())
             (live.console if live else people).print(_line(result, trial, trials), markup=False)
             if live:
@@ -241,13 +367,25 @@ def _live(people: Console) -> Generator[Live | None]:
 
 
 def _checked(
-    people: Console, task: Task, evaluate: "Evaluate", study: str, count: int | None, epochs: int
+    people: Console,
+    task: Task,
+    evaluate: "Evaluate",
+    study: str,
+    fleet: Fleet | None,
+    *,
+    count: int | None,
+    **options: Any,
 ) -> "Correlation | None":
+    """The rank correlation, where it was asked for."""
     if count is None:
         return None
+    if fleet is not None:
+        with fleet.tasks() as tasks:
+            there = fleet.at_once or max(1, tasks.room)
+            return _checked(people, task, tasks(evaluate), study, None, count=count, at_once=there, **options)
     from effnet.search.ranking import longer
 
-    return longer(task, evaluate, study, epochs, count=count, progress=display.evaluations(people))
+    return longer(task, evaluate, study, count=count, progress=display.evaluations(people), **options)
 
 
 def _line(result: "Found", trial: "Trial", trials: int) -> str:

@@ -130,6 +130,8 @@ def test_latency_is_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--budget", "macs=1G", "--along", "wide"), "along 'wide' is not one of"),
         (("--phi", "1", "--coefficients", "1.2,1.1"), "is not 3 numbers"),
         (("--phi", "1", "--coefficients", "0.9,1.1,1.1"), "alpha is 0.9"),
+        (("--phi", "1", "--coefficients", "gone.json"), "--coefficients gone.json: No such file"),
+        (("--phi", "1", "--coefficients", "results/pareto.json"), "is not what `effnet scale MODEL --search-"),
         (("--phi", "1", "--deepen", "1,1"), "is not 7 numbers"),
         (("--phi", "1", "--save", "net.txt"), "does not end in .json"),
         (("--search-coefficients",), "name what on with --data"),
@@ -152,6 +154,10 @@ def test_the_coefficients_are_searched_for_on_data_and_kept(tmp_path: Path) -> N
     assert len(document["standings"]) >= 1 and len(study.read_text().splitlines()) == document["evaluations"] + 1
     assert f"{document['evaluations']}/{document['evaluations']}" in result.err
     assert Path(document["figure"]).read_bytes().startswith(b"\x89PNG")
+    found = tmp_path / "found.json"
+    found.write_text(result.out)
+    by = run("scale", base, "--phi", 1, "--coefficients", found, "--json").document["coefficients"]
+    assert by == document["winner"]["candidate"]["coefficients"]
     again = run(*words)
     assert "winner" in again.out and str(study) in again.out
     message = refused_at_the_end(*words, "--target", 3)

@@ -16,7 +16,7 @@ from effnet.search.objectives import Objective
 from effnet.search.ranking import correlation, kendall, longer, spread
 from effnet.search.records import opened
 from effnet.search.space import Space, key, vary
-from effnet.search.study import search
+from effnet.search.study import Failed, search
 from effnet.search.task import Task
 from effnet.spec import Network
 from effnet.value import UsageError
@@ -175,7 +175,9 @@ def test_candidates_are_trained_longer_once_and_kept(tmp_path: Path) -> None:
     assert len(calls) == 21 and calls[9] == calls[10] and {epochs for _, epochs in calls} == {9}
     assert (found.tau, found.count, found.epochs) == (1.0, 20, (1, 9))  # the table keeps its order
     assert "Kendall tau 1.00 (95 % interval 1.00 to 1.00)" in str(found)
-    ranked = [trial.results[0]["acc"] for trial in spread(opened(file, task).trials(), 20)]
+    chosen = spread(opened(file, task).trials(), 20)
+    ranked = [trial.results[0]["acc"] for trial in chosen]
+    networks = [task.space.network(trial.code) for trial in chosen if trial.code]
     assert ranked == sorted(ranked)
     with pytest.raises(UsageError, match="rank correlation is 19; it must be at least 20"):
         longer(task, evaluate, file, 9, count=19)
@@ -183,6 +185,15 @@ def test_candidates_are_trained_longer_once_and_kept(tmp_path: Path) -> None:
         longer(task, evaluate, file, 1)
     with pytest.raises(UsageError, match="only 24 trials"):
         longer(task, evaluate, file, 9, count=30)
+    several = longer(task, tabulated, file, 10, at_once=3)
+    assert several.pairs == tuple(zip(ranked, (tabulated(n, 0, 10) for n in networks), strict=True))
+
+    def fails(network: Network, seed: int, epochs: int) -> float:
+        raise Failed("out of memory: 3 GiB")
+
+    for at_once in (1, 3):
+        with pytest.raises(UsageError, match=r"trial \d+ failed in 11 epochs: out of memory"):
+            longer(task, fails, file, 11, at_once=at_once)
 
 
 def test_equal_values_have_no_order() -> None:

@@ -9,12 +9,14 @@ Sources: Kendall 1945 (tau-b, which allows for ties); Efron 1979: percentile boo
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effnet.coefficients import Evaluate
 from effnet.search.records import Trial, opened
+from effnet.search.study import Failed
 from effnet.search.task import Task
 from effnet.value import UsageError, Value, check_range
 
@@ -26,7 +28,10 @@ LEAST = 20  # candidates for a correlation that is reported
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation(Value):
-    """Kendall's tau-b of `count` pairs with its bootstrap interval (95 %). `pairs`: (short, long) accuracies."""
+    """Kendall's tau-b of `count` pairs with its bootstrap interval (95 %). `pairs`: (short, long) accuracies.
+
+    `shared`: the short ones are of candidates of one supernet, which was trained for the first of `epochs`.
+    """
 
     tau: float
     low: float
@@ -34,11 +39,15 @@ class Correlation(Value):
     count: int
     epochs: tuple[int, int]
     pairs: tuple[tuple[float, float], ...]
+    shared: bool = False
 
     def __str__(self) -> str:
         short, long = self.epochs
+        what = f"{short} with {long} epochs"
+        if self.shared:
+            what = f"a supernet of {short} epochs with stand-alone trainings of {long}"
         return (
-            f"rank correlation of {short} with {long} epochs over {self.count} networks: Kendall tau {self.tau:.2f} "
+            f"rank correlation of {what} over {self.count} networks: Kendall tau {self.tau:.2f} "
             f"(95 % interval {self.low:.2f} to {self.high:.2f})"
         )
 
@@ -93,25 +102,44 @@ def longer(
     epochs: int,
     *,
     count: int = LEAST,
+    at_once: int = 1,
     progress: Callable[[int, int, str], None] = lambda done, total, words: None,
 ) -> Correlation:
     """Trains `count` candidates of a study for `epochs` too, and compares the orders. Each is kept in the study.
 
-    `UsageError` for fewer than 20, or epochs that are not more than the first rung's.
+    Of a study by supernet they are compared with trainings by themselves, of any length: `evaluate` is such a one.
+    `at_once`: so many threads wait for an `evaluate` that computes elsewhere. `UsageError` for fewer than 20, epochs
+    that are not more than the first rung's, or a training that failed elsewhere.
     """
     check_range("number of networks for a rank correlation", count, LEAST)
-    check_range("epochs of the longer training", epochs, task.rungs[0] + 1)
+    shared = task.about.get("evaluator") == "supernet"
+    check_range("epochs of the longer training", epochs, 1 if shared else task.rungs[0] + 1)
     records = opened(study, task)
-    chosen, values = spread(records.trials(), count), []
-    for done, trial in enumerate(chosen, start=1):
+    chosen, values = spread(records.trials(), count), list[float]()
+
+    def trained(trial: Trial) -> float:
         name = f"{trial.key}:{epochs}"
         kept = records.note(name)
         if kept is None:
             assert trial.code is not None
-            kept = float(evaluate(task.space.network(trial.code), task.seed, epochs))
+            try:
+                kept = float(evaluate(task.space.network(trial.code), task.seed, epochs))
+            except Failed as error:
+                raise UsageError(f"trial {trial.number} failed in {epochs} epochs: {error}") from None
             if not math.isfinite(kept):
                 raise UsageError(f"trial {trial.number} has the accuracy {kept} after {epochs} epochs.")
             records.keep_note(name, kept)
-        values.append(kept)
-        progress(done, count, f"trial {trial.number}: {trial.results[0]['acc']:.4f}, longer {kept:.4f}")
-    return correlation([trial.results[0]["acc"] for trial in chosen], values, (task.rungs[0], epochs), seed=task.seed)
+        return kept
+
+    pool = ThreadPoolExecutor(at_once) if at_once > 1 else None
+    try:
+        for done, (trial, value) in enumerate(
+            zip(chosen, (pool.map if pool else map)(trained, chosen), strict=True), 1
+        ):
+            values.append(value)
+            progress(done, count, f"trial {trial.number}: {trial.results[0]['acc']:.4f}, longer {value:.4f}")
+    finally:
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
+    short = [trial.results[0]["acc"] for trial in chosen]
+    return correlation(short, values, (task.rungs[0], epochs), seed=task.seed).replace(shared=shared)

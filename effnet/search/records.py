@@ -118,17 +118,23 @@ class Records:
             empty = optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING)
             self._patiently(self.storage.create_new_trial, self.study, empty)
 
-    def before(self, number: int) -> list[Trial]:
-        """The trials below `number`, once each of them is told what to try; a dead owner's is claimed to be told."""
+    def before(self, number: int, heard: int = 0) -> list[Trial]:
+        """The trials below `number`, once each is told what to try, and those below `heard` have ended.
+
+        `Orphan` where that would never be, as the owner of one is dead: it is ours then, to be told or tried first.
+        """
+        pause = 0.05
         while True:
             rows = self._rows()[:number]
-            dumb = [row for row in rows if "code" not in row.user_attrs and not row.state.is_finished()]
-            if not dumb:
+            open_ = [row for row in rows if not row.state.is_finished()]
+            awaited = [row for row in open_ if "code" not in row.user_attrs or row.number < heard]
+            if not awaited:
                 return [_trial(row) for row in rows]
-            lowest = dumb[0]
+            lowest = awaited[0]
             if self._dead(lowest) and self._own(lowest):
-                raise Orphan(lowest.number)
-            time.sleep(0.05)
+                raise Orphan(lowest.number, told="code" in lowest.user_attrs)
+            time.sleep(pause)
+            pause = min(1.25 * pause, 1.0)
 
     def _row(self, number: int) -> Any:
         return self._rows()[number]
@@ -260,11 +266,11 @@ class Records:
 
 
 class Orphan(Exception):
-    """A trial that was claimed by a process that died before it said what to try; it is ours now."""
+    """A trial that others wait for, of a process that died; it is ours now. `told`: it was said what to try."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, told: bool) -> None:
         super().__init__(f"trial {number}")
-        self.number = number
+        self.number, self.told = number, told
 
 
 def opened(study: str | Path, task: Task, *, patience: float = 600.0) -> Records:
@@ -292,7 +298,8 @@ def opened(study: str | Path, task: Task, *, patience: float = 600.0) -> Records
     if kept is None:
         records.keep_note("task", task.to_json())
         kept = records.note("task")
-    _check_same(json.loads(kept), json.loads(task.to_json()), place)
+    # through `Task`, so that a study from before a field was there has its default
+    _check_same(*(json.loads(each.to_json()) for each in (Task.from_json(kept), task)), place)
     return records
 
 

@@ -9,8 +9,10 @@ A trial that raises, runs out of memory or gives no finite number is recorded as
 
 import gc
 import math
+import queue
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,15 @@ from effnet.search.records import Orphan, Records, Trial, opened
 from effnet.search.space import COSTS, key
 from effnet.search.task import Meters, Task
 from effnet.spec import Network
-from effnet.value import UsageError, Value
+from effnet.value import UsageError, Value, check_range
+
+
+class Failed(Exception):
+    """A candidate failed where it was tried; the message is the reason that is kept."""
+
+
+class Unable(UsageError):
+    """What tries candidates is gone, through no fault of theirs: the search ends, and its open trials stay open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +81,68 @@ def searching(
     trials: int = 100,
     meters: Meters | None = None,
     patience: float = 600.0,
+    at_once: int = 1,
 ) -> Iterator[Trial]:
     """Goes on with the study until `trials` were tried, yielding each trial that is finished here.
 
     `evaluate(network, seed, epochs)` gives the accuracy; `meters` measure the quantities that are no cost
     (`latency_ms`, `step_ms`). `study`: a file or an address, see `records.opened`. Several processes may work on one
     study. Ends early where the space holds nothing new. `UsageError` where nothing is within the limits.
+
+    `at_once`: so many threads work on trials, for an `evaluate` that only waits for what is computed elsewhere
+    (`on_ray`). With `task.lag` as large or larger all of them are busy and the trials are those of one thread. Who
+    stops iterating leaves what is under way to its end, in the background.
     """
+    check_range("trials at once", at_once, 1)
     meters = _needed(task, meters or {})
+    if at_once == 1:
+        yield from _working(task, evaluate, study, trials, meters, patience)
+        return
+    opened(study, task, patience=patience)  # made or refused by one, before several meet
+    done: queue.SimpleQueue[Trial | BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for trial in _working(task, evaluate, study, trials, meters, patience):
+                done.put(trial)
+                if stop.is_set():
+                    break
+        except BaseException as error:
+            done.put(error)
+        done.put(None)
+
+    for _ in range(at_once):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        working = at_once
+        while working:
+            got = done.get()
+            if isinstance(got, BaseException):
+                raise got
+            if got is None:
+                working -= 1
+            else:
+                yield got
+    finally:
+        stop.set()
+
+
+def _working(
+    task: Task, evaluate: Evaluate, study: str | Path, trials: int, meters: Meters, patience: float
+) -> Iterator[Trial]:
+    """One of those that work on a study: it claims a trial, has it told, tries it, and so on."""
     records = opened(study, task, patience=patience)
     with records.at_work():
         while (trial := records.claim(trials)) is not None:
-            if trial.code is None and not _told(task, records, trial.number, meters):
-                return
             with records.beating(trial.number):
-                yield _tried(task, records, records.trials()[trial.number], evaluate, meters)
+                try:
+                    if trial.code is None and not _told(task, records, trial.number, meters):
+                        return
+                except Orphan:
+                    continue  # ours now, and the lowest: the next claim
+                tried = _tried(task, records, records.trials()[trial.number], evaluate, meters)
+            yield tried
 
 
 def _needed(task: Task, meters: Meters) -> Meters:
@@ -98,15 +155,22 @@ def _needed(task: Task, meters: Meters) -> Meters:
 
 
 def _told(task: Task, records: Records, number: int, meters: Meters) -> bool:
-    """Decides what a trial tries, from all that were before it; False where there is nothing new."""
+    """Decides what a trial tries, from all that were before it; False where there is nothing new.
+
+    `Orphan` for one before it that has to be tried first, and is ours.
+    """
+    heard = task.heard(number)
     while True:
         try:
-            before = records.before(number)
+            before = records.before(number, heard)
             break
         except Orphan as orphan:
+            if orphan.told:
+                raise
             if not _told(task, records, orphan.number, meters):
                 return False
-    seen = [trial.seen(task) for trial in before if trial.code and trial.state in ("finished", "stopped", "failed")]
+    known = before[:heard] if task.lag else before
+    seen = [trial.seen(task) for trial in known if trial.code and trial.state in ("finished", "stopped", "failed")]
     code = task.propose(seen, {trial.key for trial in before}, number, meters)
     if code is None:
         return False
@@ -138,7 +202,8 @@ def _tried(task: Task, records: Records, trial: Trial, evaluate: Evaluate, meter
 
 def _goes_on(task: Task, records: Records, number: int, results: Sequence[Mapping[str, float]]) -> bool:
     """By the trials with smaller numbers that have reached the same rung, so that a resumed trial decides alike."""
-    others = [t.results[len(results) - 1] for t in records.trials()[:number] if len(t.results) >= len(results)]
+    known = records.trials()[: task.heard(number) if task.lag else number]
+    others = [t.results[len(results) - 1] for t in known if len(t.results) >= len(results)]
     return task.goes_on(task.gains(results[-1]), [task.gains(other) for other in others])
 
 
@@ -153,12 +218,13 @@ def _measured(
         for name, meter in meters.items():
             values[name] = float(before[-1][name] if before else meter(network))
         values["acc"] = float(evaluate(network, task.seed, epochs))
+    except Unable:
+        raise
+    except Failed as error:
+        return {}, str(error)
     except Exception as error:
-        words = " ".join(str(error).split())[:500]
         gc.collect()
-        if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
-            return {}, f"out of memory: {words or type(error).__name__}"
-        return {}, f"{type(error).__name__}: {words}"
+        return {}, reason(error)
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         return {}, f"{wrong[0]} is {values[wrong[0]]}"
@@ -166,6 +232,22 @@ def _measured(
         if not math.isfinite(objective(values)):
             return {}, f"the objective {objective.text} is {objective(values)}"
     return values | {"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)}, ""
+
+
+def attempt(function: Callable[..., float], arguments: Sequence[Any]) -> tuple[float, str]:
+    """The function's value, or why there is none: for another process, as not every exception survives the journey."""
+    try:
+        return float(function(*arguments)), ""
+    except Exception as error:
+        return math.nan, reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Why a candidate failed, in one line: its kind and its words."""
+    words = " ".join(str(error).split())[:500]
+    if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
+        return f"out of memory: {words or type(error).__name__}"
+    return f"{type(error).__name__}: {words}"
 
 
 def search(task: Task, evaluate: Evaluate, study: str | Path, **options: Any) -> Found:

@@ -36,6 +36,10 @@ class Task(Value):
     """A search, as it is kept in its study. `rungs`: epochs, ascending; one in `eta` goes on from each.
 
     `about`: what else decides a result: data, images, recipe. `UsageError` for limits on what only training tells.
+
+    `lag` says from what trial n follows. 0: from whatever is finished when it is asked for, so that with several under
+    way at once the clock has a say. k: from trials 0 to n - k, which it waits for; then k can be under way, and the
+    same seed gives the same trials, however many work on them.
     """
 
     space: Space
@@ -45,6 +49,7 @@ class Task(Value):
     seed: int = 0
     rungs: tuple[int, ...] = (1,)
     eta: int = 3
+    lag: int = 0
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +60,7 @@ class Task(Value):
             check_range(f"limit on {name}", limit, 1e-9, 1e30)
         check_range("seed", self.seed, 0)
         check_range("eta", self.eta, 2)
+        check_range("lag", self.lag, 0)
         if not self.rungs or list(self.rungs) != sorted(set(self.rungs)) or self.rungs[0] < 1:
             raise UsageError(f"rungs are {self.rungs}; they must be whole epochs, each more than the one before.")
         if len(self.objectives) > 1 and self.strategy.partition(":")[0] == "controller":
@@ -76,6 +82,10 @@ class Task(Value):
     @functools.cached_property
     def _strategy(self) -> Strategy:
         return strategy(self.strategy)  # kept, so that what it has learnt need not be replayed
+
+    def heard(self, number: int) -> int:
+        """How many trials trial `number` has to know the end of: those with a number below."""
+        return max(0, number + 1 - self.lag) if self.lag else 0
 
     # -- the next candidate ------------------------------------------------------------------------------------------
 
