@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from effnet.checkpoint import Checkpoint
     from effnet.coefficients import Evaluate
+    from effnet.export.artefact import Exported
     from effnet.factory import Factory
     from effnet.latency import Error
     from effnet.network import Model
@@ -417,7 +418,12 @@ def origin(model: str) -> Origin | None:
 
 
 def data_for(
-    model: "Model", run: Origin | None, data: str, *, split_seed: int | None = None, val_fraction: float | None = None
+    model: "Model | Exported",
+    run: Origin | None,
+    data: str,
+    *,
+    split_seed: int | None = None,
+    val_fraction: float | None = None,
 ) -> "Splits":
     """The data that `model` is to be judged on: its class list enforced, and cut as it was for training.
 

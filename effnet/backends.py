@@ -21,12 +21,11 @@ import numpy as np
 import torch
 
 from effnet.checkpoint import from_model, save
-from effnet.engine import label_names, open_engine
-from effnet.export import target
-from effnet.export.artefact import Card
+from effnet.engine import open_engine
+from effnet.export import planned, target
 from effnet.export.graph import Deployable
 from effnet.network import Model
-from effnet.value import Value, check_choice
+from effnet.value import Value
 
 EXPORTED = {"onnxruntime": "onnx", "openvino": "openvino", "aoti": "aoti"}  # backend: export target
 CALIBRATION = 8  # random images for the ranges of int8: the time does not depend on them
@@ -51,17 +50,7 @@ def written(model: Model, backend: str, precision: str, folder: Path) -> Path:
         path = folder / f"{model.network.name}.safetensors"
         save(path, from_model(model))
         return path
-    to = EXPORTED[backend]
-    chosen = target(to)
-    check_choice(f"precision of {backend}", precision, chosen.precisions)
-    card = Card(
-        network=model.network.name,
-        target=to,
-        precision=precision,
-        labels=label_names(model),
-        preprocess=model.preprocess,
-    )
-    path = folder / f"{model.network.name}-{precision}{chosen.suffix}"
+    card, path = planned(model, EXPORTED[backend], precision, folder)
     with torch.inference_mode(False):
         deployable = Deployable(model).eval()
         if precision == "int8":
@@ -72,7 +61,7 @@ def written(model: Model, backend: str, precision: str, folder: Path) -> Path:
             quantised = int8.quantise(graph, views, int8.always_float(graph))
             openvino.save(quantised, card, path)
         else:
-            chosen.load().write(deployable, card, path)
+            target(card.target).load().write(deployable, card, path)
     return path
 
 

@@ -411,18 +411,22 @@ def explain(
 ) -> None:
     """Where MODEL sees a class in images: one PNG per image with the class activation map beside and over it.
 
+    MODEL may be an exported file that carries its maps (effnet export --maps), for --method cam.
     Insertion (high is good) and deletion (low is good): how well the map orders the pixels by what MODEL looks at.
     """
     from effnet.engine import TorchEngine
     from effnet.explain import explain as explained
     from effnet.explain import panel
+    from effnet.export import is_artefact, open_artefact
     from effnet.faithfulness import faithfulness
     from effnet.images import prepare
+    from effnet.network import Model
     from effnet.zoo import load_model
 
     if bool(paths) == bool(data):
         raise UsageError("name images (PATH...) or a data set (--data DATA), one of them.")
-    loaded, run, where = load_model(model), arguments.origin(model), arguments.device(device)
+    loaded = open_artefact(model) if is_artefact(model) else load_model(model)
+    run, where = arguments.origin(model), arguments.device(device)
     folder = out or (run.folder / "cams" if run else Path("cams"))
     wanted = int(target) if target and target.isdigit() and target not in (loaded.labels or ()) else target
     pictures = arguments.file_pictures(paths or ())
@@ -436,7 +440,7 @@ def explain(
         told = {"method": why.method, "tap": why.tap, "label": why.label, "probability": why.probability}
         notes = None
         if faithful:
-            engine = TorchEngine(name=model, model=loaded)
+            engine = TorchEngine(name=model, model=loaded) if isinstance(loaded, Model) else loaded
             found = faithfulness(engine, prepare(image, loaded.preprocess), why.map, why.target)
             told |= found.to_dict()
             notes = [str(found)]

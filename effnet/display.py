@@ -27,7 +27,6 @@ from effnet.words import duration, in_bytes, metric, percent, short
 if TYPE_CHECKING:
     from effnet.bench import Measured
     from effnet.coefficients import Found
-    from effnet.deploy import Artefact, Choice
     from effnet.doctor import Diagnosis
     from effnet.evaluate import Evaluation
     from effnet.plan import Plan
@@ -400,7 +399,8 @@ def show_bench(out: Console, found: "Measured", batch: int) -> None:
 def show_table4(out: Console, parts: "Mapping[tuple[str, LatencyPair], Measured]") -> None:
     """The pairs of the paper's Table 4, measured here, beside the ratios that it prints."""
     busy = any(found.busy for found in parts.values())
-    made = table("Table 4", ["pair", "backend"], ["ms", "ms", "ratio", "95 % interval", "published"])
+    precision = next(iter(parts.values())).measurements[0].environment["precision"]
+    made = table(f"Table 4, {precision}", ["pair", "backend"], ["ms", "ms", "ratio", "95 % interval", "published"])
     for (backend, pair), found in parts.items():
         for one in found.comparisons:
             low, high = one.spread
@@ -411,27 +411,6 @@ def show_table4(out: Console, parts: "Mapping[tuple[str, LatencyPair], Measured]
     out.print(made)
     if busy:
         out.print("The machine was busy: measure again on a quiet one before you quote these numbers.", style="yellow")
-
-
-def show_export(out: Console, made: "Artefact") -> None:
-    """What the gate saw, and where the file is."""
-    out.print(escape(f"passed: {made.verdict}"), highlight=False)
-    if made.card.floats:
-        out.print(f"in floating point: {len(made.card.floats)} layers", highlight=False)
-    show_path(out, made.path)
-
-
-def show_fastest(out: Console, choice: "Choice", checkpoint: Path | None) -> None:
-    """What was tried, how quick it is, and what is kept."""
-    show_bench(out, choice.measured, 1)
-    for what, why in choice.refused.items():
-        out.print(escape(f"{what}: {why}"), style="yellow", highlight=False)
-    if choice.artefact is None:
-        out.print("Nothing is quicker than PyTorch here; no file was kept.")
-        return
-    show_export(out, choice.artefact)
-    if checkpoint:
-        out.print(f"used for {escape(str(checkpoint.parent))} from now on", highlight=False)
 
 
 def show_table_made(out: Console, made: LatencyTable, path: Path) -> None:

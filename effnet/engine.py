@@ -22,7 +22,7 @@ from torch import Tensor
 from effnet import native
 from effnet.export import is_artefact, open_artefact
 from effnet.images import normalise
-from effnet.network import Model
+from effnet.network import Model, label_names
 from effnet.spec import Preprocess
 from effnet.zoo import RUN_CHECKPOINT, built, file_digest, find
 
@@ -94,15 +94,13 @@ def open_engine(where: str | Path, *, turns: bool = False) -> Engine:
     folder = Path(where)
     if (folder / CHOICE).is_file():
         choice = json.loads((folder / CHOICE).read_text())
-        if file_digest(folder / RUN_CHECKPOINT) == choice["checkpoint"]:
-            engine = open_artefact(folder / choice["artefact"], turns=turns)
+        file = folder / choice["artefact"]
+        ours = file_digest(folder / RUN_CHECKPOINT) == choice["checkpoint"]
+        if ours and file.is_file():
+            engine = open_artefact(file, turns=turns)
             return replace(engine, runtime=f"{choice['artefact']} in {engine.runtime}")
-        warnings.warn(
-            f"{folder / choice['artefact']} was exported from weights that {folder} no longer holds, and is not used: "
-            f"effnet export {folder} --fastest",
-            StaleWarning,
-            stacklevel=2,
-        )
+        why = "is gone" if ours else f"was exported from weights that {folder} no longer holds, and is not used"
+        warnings.warn(f"{file} {why}: effnet export {folder} --fastest", StaleWarning, stacklevel=2)
     found = find(where)
     temperature = float(found.extra.get("temperature", 1.0))
     model = built(found).eval()
@@ -150,8 +148,3 @@ def eight_turns(x: Tensor) -> Iterator[Tensor]:
     for image in (x, x.flip(3)):
         for quarter in range(4):
             yield torch.rot90(image, quarter, (2, 3)).contiguous(memory_format=torch.channels_last)
-
-
-def label_names(model: Model) -> tuple[str, ...]:
-    """The model's labels, or the numbers of its outputs when it has none."""
-    return model.labels or tuple(map(str, range(model.num_classes)))

@@ -12,6 +12,9 @@ part, divided by the number of pixels. Grad-CAM++ (Chattopadhay et al. 2018) and
 2021) are a function each of the maps and their gradients; up to a positive factor, which no picture shows,
 for the score of Grad-CAM++ is exp(logit). How faithful a map is, `faithfulness.py` measures.
 
+An exported file that carries its maps (`effnet export --maps`) is explained by CAM without PyTorch's model: the graph
+gives the maps of all classes, and their means the logits.
+
 A network sees only part of an image when its `Preprocess` crops: the map is drawn on that part (`visible`), never
 stretched over the rest.
 """
@@ -28,10 +31,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from effnet.engine import evaluating, label_names
+from effnet.engine import evaluating
+from effnet.export.artefact import Exported
 from effnet.files import write_atomically
 from effnet.images import LONGEST, normalise, prepare
-from effnet.network import Model
+from effnet.network import Model, label_names, last_tap
 from effnet.spec import Network, Preprocess, resolve
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
@@ -85,7 +89,7 @@ class Explanation:
 
 
 def explain(
-    model: Model,
+    model: Model | Exported,
     image: np.ndarray,
     *,
     method: str = "cam",
@@ -98,10 +102,15 @@ def explain(
     `method`: one of `METHODS` (`gradcam` needs `effnet[explain]`). `target`: an index or a label; the predicted class
     if None. `tap`: another unit than the last map, not for `cam`. `device`: where the model is moved first, if given.
     `UsageError` for an unknown method, class or unit.
+
+    Of an exported file only `cam` can be had, if it carries maps; `probability` is what the file answers, its
+    temperature included, and `device` means nothing.
     """
     check_choice("method", method, METHODS)
+    if isinstance(model, Exported):
+        return _of_file(model, image, method, target, tap)
     unit = _checked_tap(model.network, method, tap)
-    index = None if target is None else class_index(model, target)
+    index = None if target is None else class_index(label_names(model), target)
     if device is not None:
         model.to(device)
     view = torch.from_numpy(prepare(image, model.preprocess))[None]  # (1, size, size, 3)
@@ -125,6 +134,31 @@ def explain(
     )
 
 
+def _of_file(file: Exported, image: np.ndarray, method: str, target: int | str | None, tap: str | None) -> Explanation:
+    """The explanation by an exported file: one pass, which gives the maps of all classes."""
+    card = file.card
+    maps = file.maps(prepare(image, card.preprocess)[None])[0]  # (K, h, w)
+    if method != "cam" or tap not in (None, card.tap):
+        raise UsageError(f"{file.name} gives cam at {card.tap!r} and nothing else; explain the checkpoint instead.")
+    logits = maps.mean((1, 2), dtype=np.float64) + np.array(card.bias)
+    index = int(logits.argmax()) if target is None else class_index(card.labels, target)
+    powers = np.exp((logits - logits.max()) / card.temperature)
+    height, width = image.shape[:2]
+    return Explanation(
+        map=maps[index],
+        method=method,
+        tap=card.tap,
+        target=index,
+        label=card.labels[index],
+        probability=float(powers[index] / powers.sum()),
+        logit=float(logits[index]),
+        bias=card.bias[index],
+        visible=visible(card.preprocess, height, width),
+        height=height,
+        width=width,
+    )
+
+
 # --- the maps -------------------------------------------------------------------------------------------------------
 
 
@@ -133,20 +167,8 @@ def class_activation_map(features: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("nc,nchw->nhw", weights, features)
 
 
-def last_tap(network: Network) -> str:
-    """The unit whose output is averaged and classified: `head`, or the last block where there is no head convolution.
-
-    >>> from effnet.families import get
-    >>> last_tap(get("efficientnet_b0")), last_tap(get("resnet18"))
-    ('head', 'stages.3.1')
-    """
-    *_, last, _classifier = resolve(network)
-    return last.name
-
-
-def class_index(model: Model, target: int | str) -> int:
+def class_index(names: Sequence[str], target: int | str) -> int:
     """The output that `target`, an index or a label, means. `UsageError` with the nearest label for one that is not."""
-    names = label_names(model)
     if isinstance(target, int):
         check_range("class index", target, 0, len(names) - 1)
         return target

@@ -156,6 +156,22 @@ class Model(nn.Module):
                 module.share = share
 
 
+def label_names(model: Model) -> tuple[str, ...]:
+    """The model's labels, or the numbers of its outputs when it has none."""
+    return model.labels or tuple(map(str, range(model.num_classes)))
+
+
+def last_tap(network: Network) -> str:
+    """The unit whose output is averaged and classified: `head`, or the last block where there is no head convolution.
+
+    >>> from effnet.families import get
+    >>> last_tap(get("efficientnet_b0")), last_tap(get("resnet18"))
+    ('head', 'stages.3.1')
+    """
+    *_, last, _classifier = resolve(network)
+    return last.name
+
+
 def build(network: Network, *, generator: torch.Generator | None = None) -> Model:
     """A model of `network` with the official initialisation, on the default device (or `with torch.device(...)`).
 

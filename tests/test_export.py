@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from effnet import deploy
-from effnet.bench import measure, ready
+from effnet.bench import ready
 from effnet.checkpoint import from_model, save
-from effnet.deploy import Artefact, GateError, export
-from effnet.engine import CHOICE, StaleWarning, TorchEngine, open_engine
+from effnet.deploy import GateError, export
+from effnet.engine import TorchEngine, open_engine
 from effnet.export import TARGETS, int8, is_artefact, open_artefact
 from effnet.export import openvino as openvino_target
 from effnet.export.artefact import ArtefactError, Card
@@ -407,39 +407,6 @@ def test_names_of_artefacts():
     assert not any(map(is_artefact, ("a.safetensors", "runs/a", "efficientnet_b0", "a.onnx.json")))
 
 
-# --- a run that opens as its quickest export ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run_folder(model, exported, tmp_path) -> tuple[Path, Artefact]:
-    """A run with weights, and a copy of an export chosen for it."""
-    save(tmp_path / "best.safetensors", from_model(model, extra={"temperature": TEMPERATURE}))
-    (tmp_path / "export").mkdir()
-    chosen = exported["onnx", "float32"]
-    shutil.copy(chosen.path, tmp_path / "export")
-    digest = deploy.file_digest(tmp_path / "best.safetensors")
-    note = {"artefact": f"export/{chosen.path.name}", "checkpoint": digest}
-    (tmp_path / CHOICE).write_text(json.dumps(note))
-    return tmp_path, chosen
-
-
-def test_a_run_opens_as_its_chosen_export_and_says_so(run_folder, samples):
-    folder, _ = run_folder
-    engine = open_engine(folder)
-    assert engine.name == "tiny, export/tiny-float32.onnx in ONNX Runtime float32"
-    eager = open_engine(folder / "best.safetensors")
-    assert isinstance(eager, TorchEngine) and eager.name == "tiny, PyTorch float32"
-    assert eager.temperature == TEMPERATURE
-    np.testing.assert_allclose(engine(samples.views[:3]), eager(samples.views[:3]), atol=1e-5)
-
-
-def test_an_export_of_older_weights_is_passed_over(run_folder):
-    folder, _ = run_folder
-    save(folder / "best.safetensors", from_model(tiny(seed=1)))
-    with pytest.warns(StaleWarning, match="no longer holds"):
-        assert isinstance(open_engine(folder), TorchEngine)
-
-
 # --- int8 -----------------------------------------------------------------------------------------------------------
 
 
@@ -556,32 +523,3 @@ def test_what_the_command_refuses(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused("export", *words)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_quickest_that_passes_stands_for_a_run_and_the_others_go(model, samples, tmp_path, monkeypatch):
-    """On a made-up clock: OpenVINO bfloat16 is refused by the gate, ONNX Runtime is quickest of the rest."""
-    monkeypatch.setattr(deploy, "CANDIDATES", (("openvino", "bfloat16"), ("torch", "float32"), ("onnx", "float32")))
-    save(tmp_path / "best.safetensors", from_model(model))
-    real = deploy.judge
-    lost = {"bfloat16": ("it was told to fail",)}
-    monkeypatch.setattr(
-        deploy, "judge", lambda *a, precision="float32", **k: real(*a, **k).replace(reasons=lost.get(precision, ()))
-    )
-    took = {"PyTorch float32": 3.0, "tiny-float32.pt2": 2.0, "tiny-float32.onnx": 1.0}
-
-    def measured(works, **options):
-        found = measure(dict.fromkeys(works, lambda: None), rounds=1, calls=1)
-        return found.replace(measurements=tuple(m.replace(value=took[m.name]) for m in found.measurements))
-
-    monkeypatch.setattr(deploy, "measure", measured)
-    choice = deploy.fastest(model, samples, tmp_path / "export", checkpoint=tmp_path / "best.safetensors")
-    assert choice.artefact.path.name == "tiny-float32.onnx"
-    assert "it was told to fail" in choice.refused["openvino bfloat16"]
-    kept = {path.name for path in (tmp_path / "export").iterdir()}
-    assert kept == {"tiny-float32.onnx", "tiny-float32.onnx.json", "tiny-bfloat16.xml.json"}
-    assert "export/tiny-float32.onnx" in open_engine(tmp_path).name
-    took["PyTorch float32"] = 0.5
-    assert (
-        deploy.fastest(model, samples, tmp_path / "export", checkpoint=tmp_path / "best.safetensors").artefact is None
-    )
-    assert isinstance(open_engine(tmp_path), TorchEngine)

@@ -18,11 +18,11 @@ import effnet.engine
 import effnet.inputs
 import effnet.predict
 from effnet.bench import ready
-from effnet.engine import TorchEngine, evaluating, label_names, logits
+from effnet.engine import TorchEngine, evaluating, logits
 from effnet.families import get
 from effnet.images import ImageError, decode, normalise, prepare
 from effnet.inputs import Input, batched
-from effnet.network import Model, build
+from effnet.network import Model, build, label_names
 from effnet.predict import (
     BATCHES_AHEAD,
     MEMORY_SHARE,

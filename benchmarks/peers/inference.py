@@ -64,6 +64,7 @@ OURS = {  # name: (backend, precision)
     "effnet onnxruntime float32": ("onnxruntime", "float32"),
 }
 VISIT_S, MOST_CALLS = 0.3, 20  # calls per visit: what fits, but not more
+SPREAD = 2.0  # of the logits: a thousand classes with probabilities between 1e-7 and 0.1
 
 operators = functools.cache(torchvision_operators)  # defined once, and kept
 Work = Callable[[], Any]
@@ -87,47 +88,47 @@ def calls_of(work: Work) -> int:
 
 
 def prepared(setting: str, folder: Path) -> tuple[dict[str, Work], np.ndarray]:
-    """timm's calls, and its probabilities for the image that all are given; what the runner needs is in `folder`."""
+    """timm's calls, and its centred logits for the image that all are given; what the runner needs is in `folder`."""
     theirs, ours, size, _ = SETTINGS[setting]
     operators()
     import timm
 
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
+    network = dialects.native(families.get(ours), "timm")
+    network = network.replace(resolution=size, preprocess=network.preprocess.with_size(size))
+    views = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+    images = normalise(torch.from_numpy(views), network.preprocess).contiguous()
     model = timm.create_model(theirs)
     randomise(model, torch.randn(4, 3, size, size, generator=generator), generator)
     model.eval().requires_grad_(False)
-    calm(model, size, generator)
-    dialect = dialects.recognise(model.state_dict())
-    network = dialects.native(families.get(ours), "timm")
-    network = network.replace(resolution=size, preprocess=network.preprocess.with_size(size))
-    tensors = dialects.to_effnet(model.state_dict(), network, dialect)
+    calm(model, images)
+    tensors = dialects.to_effnet(model.state_dict(), network, dialects.recognise(model.state_dict()))
     save(folder / "ours.safetensors", Checkpoint(network=network, preprocess=network.preprocess, tensors=tensors))
-    views = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
-    images = normalise(torch.from_numpy(views), network.preprocess).contiguous()
     np.save(folder / "views.npy", views)
     np.save(folder / "images.npy", images.numpy())
     with torch.no_grad():
         torch.export.save(torch.export.export(model, (images,)), folder / "theirs.pt2")
-        expected = model(images).softmax(1).numpy()
+        expected = centred(model(images).numpy())
     other = [thing.to(memory_format=torch.channels_last) for thing in (copy.deepcopy(model), images)]
     plain, last = (functools.partial(eager, *pair) for pair in ((model, images), other))
     return dict(zip(EAGER, (plain, last), strict=True)), expected
 
 
 @torch.no_grad()
-def calm(model: Any, size: int, generator: torch.Generator) -> None:
-    """Logits of about 1, as of trained models: softmax of larger ones would hide all differences."""
+def calm(model: Any, images: torch.Tensor) -> None:
+    """Logits of these images with a mean of 0 and a spread of `SPREAD`, as trained models have them."""
     layer = model.get_classifier()
-    spread = model(torch.randn(2, 3, size, size, generator=generator)).std()
-    layer.weight /= spread
-    layer.bias /= spread
+    factor = SPREAD / model(images).std()
+    layer.weight *= factor
+    layer.bias *= factor
+    layer.bias -= model(images).mean()
 
 
-def softmax(values: np.ndarray) -> np.ndarray:
-    """Probabilities, (N, classes), of logits."""
-    powers = np.exp(values - values.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+def centred(values: np.ndarray) -> np.ndarray:
+    """Logits, or logarithms of probabilities, (N, classes), less their mean over the classes, float64."""
+    values = values.astype(np.float64)
+    return values - values.mean(1, keepdims=True)
 
 
 def eager(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -186,9 +187,9 @@ def serve(folder: Path) -> None:
     for name, (backend, precision) in OURS.items():
         engine = open_engine(written(model, backend, precision, folder))
         works[name] = functools.partial(engine, views)
-        differences[name] = relative(works[name](), expected)
+        differences[name] = relative(centred(np.log(works[name]())), expected)
     works[THEIRS] = theirs_in_openvino(folder)
-    differences[THEIRS] = relative(softmax(works[THEIRS]()), expected)
+    differences[THEIRS] = relative(centred(works[THEIRS]()), expected)
     calls = {name: calls_of(work) for name, work in works.items()}
     print(json.dumps(differences), file=lines, flush=True)
     for line in sys.stdin:
@@ -198,6 +199,7 @@ def serve(folder: Path) -> None:
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root mean square of the differences, over that of `expected`."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
 
 

@@ -11,20 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effnet.export.artefact import ArtefactError, Exported
-from effnet.value import Value, check_choice
+from effnet.export.artefact import ArtefactError, Card, Exported
+from effnet.network import Model, label_names, last_tap
+from effnet.value import UsageError, Value, check_choice
 
-__all__ = ["TARGETS", "Target", "is_artefact", "open_artefact", "target"]
+__all__ = ["TARGETS", "Target", "is_artefact", "open_artefact", "planned", "target"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Value):
-    """A format: the `module` of this package that knows it, the files' `suffix`, and what it can compute in."""
+    """A format: the `module` of this package that knows it, the files' `suffix`, and what it can compute in.
+
+    `maps`: whether a file can also give class activation maps, at no cost where nobody asks for them.
+    """
 
     module: str
     suffix: str
     precisions: tuple[str, ...]
     words: str
+    maps: bool = False
 
     def load(self) -> Any:
         """The module: `RUNTIME`, `write(deployable, card, path)`, `open_run(path) -> (card, run)`."""
@@ -32,9 +37,13 @@ class Target(Value):
 
 
 TARGETS = {
-    "onnx": Target(module="onnx", suffix=".onnx", precisions=("float32",), words="ONNX Runtime and others"),
+    "onnx": Target(module="onnx", suffix=".onnx", precisions=("float32",), words="ONNX Runtime and others", maps=True),
     "openvino": Target(
-        module="openvino", suffix=".xml", precisions=("float32", "bfloat16", "int8"), words="OpenVINO, .xml and .bin"
+        module="openvino",
+        suffix=".xml",
+        precisions=("float32", "bfloat16", "int8"),
+        words="OpenVINO, .xml and .bin",
+        maps=True,
     ),
     "torch": Target(
         module="torch_export", suffix=".pt2", precisions=("float32", "bfloat16"), words="PyTorch's own graph"
@@ -49,6 +58,27 @@ def target(name: str) -> Target:
     """The target of that name. `UsageError` names the others."""
     check_choice("export target", name, TARGETS)
     return TARGETS[name]
+
+
+def planned(
+    model: Model, to: str, precision: str, folder: Path, *, maps: bool = False, **about: Any
+) -> tuple[Card, Path]:
+    """The card of `model` as a file of the target `to`, and where it goes: `folder`/NAME-PRECISION and the suffix.
+
+    `maps`: with class activation maps. `about`: further fields of the card. `UsageError` for an unknown target, or what
+    it cannot do.
+    """
+    chosen = target(to)
+    check_choice(f"precision of {to}", precision, chosen.precisions)
+    if maps and not chosen.maps:
+        able = ", ".join(name for name, one in TARGETS.items() if one.maps)
+        raise UsageError(f"files of {to} hold no class activation maps; {able} can.")
+    if maps:
+        about |= {"tap": last_tap(model.network), "bias": tuple(model.classifier.bias.detach().tolist())}
+    name = model.network.name
+    labels, preprocess = label_names(model), model.preprocess
+    card = Card(network=name, target=to, precision=precision, labels=labels, preprocess=preprocess, **about)
+    return card, folder / f"{name}-{precision}{chosen.suffix}"
 
 
 def is_artefact(path: str | Path) -> bool:

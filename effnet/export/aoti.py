@@ -46,7 +46,7 @@ def open_run(path: Path) -> tuple[Card, Run]:
     except Exception as error:
         raise ArtefactError(f"{path} cannot be loaded by AOTInductor: {str(error).splitlines()[0]}") from None
 
-    def run(views: np.ndarray) -> np.ndarray:
+    def run(views: np.ndarray, _output: str) -> np.ndarray:
         with torch.inference_mode():
             return compiled(torch.from_numpy(views)).numpy()
 

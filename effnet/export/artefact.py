@@ -20,7 +20,10 @@ FORMAT_VERSION = 1
 KEY = "effnet"  # of the card in a file's own metadata
 PRECISIONS = ("float32", "bfloat16", "int8")
 
-Run = Callable[[np.ndarray], np.ndarray]  # uint8 (N, size, size, 3) -> probabilities, float32 (N, K); in any thread
+PROBABILITIES, MAPS = "probabilities", "maps"  # what a graph can give: the names of its outputs
+
+# (views, output): uint8 (N, size, size, 3) and a name -> float32, (N, K) or for maps (N, K, h, w); in any thread
+Run = Callable[[np.ndarray, str], np.ndarray]
 
 
 class ArtefactError(UsageError):
@@ -32,6 +35,7 @@ class Card(Value):
     """What an artefact says about itself. `weights`: a digest of the exported weights and their batch statistics.
 
     `temperature`: the logits are divided by it in the graph. `floats`: the layers that stay in floating point in int8.
+    Where the graph gives class activation maps, too: `tap`, the unit they are of, and `bias`, the classifier's.
     """
 
     network: str
@@ -42,6 +46,8 @@ class Card(Value):
     temperature: float = 1.0
     weights: str = ""
     floats: tuple[str, ...] = ()
+    tap: str = ""
+    bias: tuple[float, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -88,15 +94,34 @@ class Exported:
         return self.card.preprocess
 
     def __call__(self, views: np.ndarray) -> np.ndarray:
+        self._check(views)
+        if not len(views):
+            return np.empty((0, len(self.labels)), dtype=np.float32)
+        return self._over_turns(views) if self.turns else self._probabilities(views)
+
+    def maps(self, views: np.ndarray) -> np.ndarray:
+        """The class activation maps of all classes, float32 (N, classes, h, w), of the images as they are.
+
+        The mean of a map plus the class's `card.bias` is its logit. `UsageError` where the file has none.
+        """
+        self._check(views)
+        if not self.card.tap:
+            raise UsageError(
+                f"{self.name} was exported without its class activation maps: export it again with --maps, or explain "
+                "the checkpoint."
+            )
+        return self.run(np.ascontiguousarray(views), MAPS)
+
+    def _probabilities(self, views: np.ndarray) -> np.ndarray:
+        return self.run(np.ascontiguousarray(views), PROBABILITIES)
+
+    def _check(self, views: np.ndarray) -> None:
         size = self.preprocess.size
         if views.dtype != np.uint8 or views.ndim != 4 or views.shape[1:] != (size, size, 3):
             raise UsageError(
                 f"{self.name} takes what images.prepare makes, uint8 (N, {size}, {size}, 3), not "
                 f"{views.dtype} {views.shape}."
             )
-        if not len(views):
-            return np.empty((0, len(self.labels)), dtype=np.float32)
-        return self._over_turns(views) if self.turns else self.run(np.ascontiguousarray(views))
 
     def _over_turns(self, views: np.ndarray) -> np.ndarray:
         """As PyTorch's engine: the softmax of the mean logits of the eight flips and turns of the square.
@@ -104,7 +129,7 @@ class Exported:
         Logarithms of probabilities are logits up to a number per image, which the last softmax takes out again.
         """
         squares = [np.rot90(image, k, (1, 2)) for image in (views, views[:, :, ::-1]) for k in range(4)]
-        logs = np.mean([log(self.run(np.ascontiguousarray(square))) for square in squares], axis=0)
+        logs = np.mean([log(self._probabilities(square)) for square in squares], axis=0)
         powers = np.exp(logs - logs.max(axis=1, keepdims=True))
         return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 

@@ -11,6 +11,9 @@ Two questions, because there are two kinds of difference:
   where the answers differ, so that a tie which falls the other way costs little and a collapse all. The interval is a
   bootstrap over images, 95 %; the mean decides. Rounding cannot excuse a wrong graph: the same graph must pass in
   float32 first (`deploy`).
+
+Class activation maps, where a file has them, may differ by `MAP` of their size: root mean squares over the maps of the
+most probable class of some images. The bounds of the lower precisions only tell a rounded map from another one.
 """
 
 import importlib.util
@@ -27,6 +30,8 @@ from effnet.spec import Preprocess
 from effnet.value import UsageError, Value
 
 PROBABILITY, LOGIT = 1e-4, 1e-3
+MAP = {"float32": 1e-3, "bfloat16": 0.3, "int8": 0.6}
+MAP_IMAGES = 16
 RESAMPLES = 1000
 LEAST_IMAGES = 10
 BATCH = 32
@@ -66,7 +71,7 @@ class Verdict(Value):
 
     `probability_error`: the largest difference. `logit_error`: likewise, over the largest logit. `same_top1`: images.
     `accuracy`, `accuracy_float32`: shares; without labels, expected ones. `drop_points`: their difference in points,
-    with its 95 % interval.
+    with its 95 % interval. `map_error`: see `MAP`; None without maps.
     """
 
     precision: str
@@ -81,6 +86,7 @@ class Verdict(Value):
     drop_points: float
     drop_interval: tuple[float, float]
     max_drop: float
+    map_error: float | None = None
     reasons: tuple[str, ...] = ()
 
     @property
@@ -95,6 +101,7 @@ class Verdict(Value):
             f"{self.images} images of {self.source}: same top-1 on {self.same_top1}, {what} {self.accuracy:.2%} "
             f"(float32 {self.accuracy_float32:.2%}, drop {self.drop_points:.2f} points, {low:.2f} to {high:.2f}), "
             f"probabilities within {self.probability_error:.1e}, logits within {self.logit_error:.1e}"
+            + (f", maps within {self.map_error:.1e}" if self.map_error is not None else "")
         )
 
 
@@ -143,6 +150,17 @@ def judge(
         max_drop=max_drop,
         reasons=reasons,
     )
+
+
+def with_maps(verdict: Verdict, reference: np.ndarray, found: np.ndarray) -> Verdict:
+    """`verdict` and what the maps of the most probable classes say, both (N, h, w): of the model, of its export."""
+    bound = MAP[verdict.precision]
+    if found.shape != reference.shape or not np.isfinite(found).all():
+        reason = f"its maps are of shape {found.shape}, not {reference.shape}, or not all finite"
+        return verdict.replace(reasons=(*verdict.reasons, reason))
+    error = float(np.sqrt(np.mean((found - reference) ** 2) / np.mean(reference**2)))
+    reason = f"class activation maps differ by {error:.1e} of their size; {bound:g} is allowed"
+    return verdict.replace(map_error=error, reasons=(*verdict.reasons, *([reason] if error > bound else ())))
 
 
 def _worth(reference: np.ndarray, answers: np.ndarray, samples: Samples) -> np.ndarray:

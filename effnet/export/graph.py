@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from effnet.export.artefact import MAPS, PROBABILITIES
 from effnet.images import affine
 from effnet.layers import fold_norms
 from effnet.network import Model
@@ -28,13 +29,15 @@ NOISY = ("torch.onnx", "torch.export", "torch._inductor", "nncf")  # loggers tha
 class Deployable(nn.Module):
     """`images`, uint8 (N, size, size, 3), to probabilities, float32 (N, K): a copy of `model`, batch norms folded.
 
-    `temperature`: the logits are divided by it. Probabilities are float32 whatever the weights are.
+    `temperature`: the logits are divided by it. Probabilities are float32 whatever the weights are. With `maps` there
+    is a second output, the class activation maps of all classes, float32 (N, K, h, w): the mean of a map is its class's
+    logit without the bias (Zhou et al. 2016).
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: Model, temperature: float = 1.0) -> None:
+    def __init__(self, model: Model, temperature: float = 1.0, maps: bool = False) -> None:
         super().__init__()
         if model.network.stem.in_channels != 3:
             raise UsageError(f"{model.network.name} takes {model.network.stem.in_channels} channels; images have 3.")
@@ -42,14 +45,21 @@ class Deployable(nn.Module):
         self.model = _frozen(model)
         self.size = model.preprocess.size
         self.temperature = temperature
+        self.outputs = (PROBABILITIES, MAPS) if maps else (PROBABILITIES,)
         for name, values in zip(("scale", "shift"), affine(model.preprocess, torch.device("cpu")), strict=True):
             self.register_buffer(name, values.view(1, 3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The tensors that `outputs` names."""
         x = images.permute(0, 3, 1, 2).to(torch.float32)  # (N, S, S, 3) -> (N, 3, S, S), channels last in memory
         x = x * self.scale + self.shift
-        logits = self.model(x.to(self.model.classifier.weight.dtype)).float()
-        return (logits / self.temperature if self.temperature != 1 else logits).softmax(dim=1)
+        weights = self.model.classifier.weight  # (K, C)
+        features = self.model.forward_features(x.to(weights.dtype))  # (N, C, h, w)
+        logits = self.model.forward_head(features).float()
+        probabilities = (logits / self.temperature if self.temperature != 1 else logits).softmax(dim=1)
+        if MAPS not in self.outputs:
+            return probabilities
+        return probabilities, (weights @ features.flatten(2)).unflatten(2, features.shape[2:]).float()
 
     def in_precision(self, precision: str) -> "Deployable":
         """Itself, or a copy whose network computes in bfloat16; channels last either way."""
@@ -60,9 +70,11 @@ class Deployable(nn.Module):
         return self
 
     @torch.no_grad()
-    def run(self, images: Tensor) -> Tensor:
-        """In eager PyTorch, in batches of 32."""
-        return torch.cat([self(part) for part in images.split(32)])
+    def run(self, images: Tensor, output: str = PROBABILITIES) -> Tensor:
+        """One of the outputs in eager PyTorch, in batches of 32."""
+        place = self.outputs.index(output)
+        made = [self(part) for part in images.split(32)]
+        return torch.cat([one[place] if len(self.outputs) > 1 else one for one in made])
 
 
 @torch.no_grad()

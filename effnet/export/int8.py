@@ -133,7 +133,7 @@ def quantisable(model: Any) -> list[str]:
 
 
 def always_float(model: Any) -> list[str]:
-    """Of these the first, and the matrix products: squeeze-excite and the classifier, which is the last."""
+    """Of these the first, and the matrix products: squeeze-excite, the classifier, the maps if there are any."""
     nodes = [node for node in model.get_ordered_ops() if node.get_type_name() in QUANTISABLE]
     return [node.get_friendly_name() for node in nodes if node is nodes[0] or node.get_type_name() == "MatMul"]
 

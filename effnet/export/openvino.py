@@ -5,7 +5,7 @@ file is that of float32. In int8 the quantised layers are in the graph, and the 
 processor has it. The file holds no code.
 
 A batch of one is what latency is judged by, and OpenVINO is quicker when it knows the shape: batches of one have a
-compiled graph of their own.
+compiled graph of their own. So has each output, so that maps cost nothing where nobody asks for them.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from effnet.export.graph import Deployable, quietly, trace
 
 RUNTIME = "OpenVINO"
 HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "bf16"}
+Kind = tuple[bool, str]  # a batch of one, and the output that is asked for: each has a compiled graph of its own
 DIGEST = "weights_sha256"  # of the .bin: the pair cannot be of two exports
 
 
@@ -39,7 +40,8 @@ def convert(deployable: Deployable) -> Any:
     size = deployable.size
     model.reshape([-1, size, size, 3])
     model.inputs[0].get_tensor().set_names({"images"})
-    model.outputs[0].get_tensor().set_names({"probabilities"})
+    for output, name in zip(model.outputs, deployable.outputs, strict=True):
+        output.get_tensor().set_names({name})
     return model
 
 
@@ -79,30 +81,33 @@ class _Runner:
     def __init__(self, core: Any, model: Any, card: Card) -> None:
         self._core, self._model, self._card = core, model, card
         self._lock = threading.Lock()
-        self._compiled: dict[bool, Any] = {}
-        self._idle: dict[bool, list[Any]] = {True: [], False: []}
+        self._compiled: dict[Kind, Any] = {}
+        self._idle: dict[Kind, list[Any]] = {}
         self._threads = torch.get_num_threads()
 
-    def __call__(self, views: np.ndarray) -> np.ndarray:
-        one = len(views) == 1
-        idle = self._idle[one]
+    def __call__(self, views: np.ndarray, output: str) -> np.ndarray:
+        kind = (len(views) == 1, output)
+        idle = self._idle.setdefault(kind, [])
         try:
             request = idle.pop()
         except IndexError:
-            request = self._for(one).create_infer_request()
+            request = self._for(*kind).create_infer_request()
         found = request.infer([views], share_inputs=True)[0].astype(np.float32)
         idle.append(request)
         return found
 
-    def _for(self, one: bool) -> Any:
-        """The compiled graph for a batch of one, or for any."""
+    def _for(self, one: bool, output: str) -> Any:
+        """The compiled graph for a batch of one, or for any, that gives this output and no other."""
         with self._lock:
-            if one not in self._compiled:
+            if (one, output) not in self._compiled:
                 size = self._card.preprocess.size
                 model = self._model.clone()
                 model.reshape([1 if one else -1, size, size, 3])
-                self._compiled[one] = self._core.compile_model(model, "CPU", self._settings())
-            return self._compiled[one]
+                for result in model.get_results():
+                    if output not in result.output(0).get_names():
+                        model.remove_result(result)
+                self._compiled[one, output] = self._core.compile_model(model, "CPU", self._settings())
+            return self._compiled[one, output]
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -33,7 +33,7 @@ def open_run(path: Path) -> tuple[Card, Run]:
     except Exception as error:  # torch raises what the broken bytes led to
         raise ArtefactError(f"{path} cannot be read by torch.export: {str(error).splitlines()[0]}") from None
 
-    def run(views: np.ndarray) -> np.ndarray:
+    def run(views: np.ndarray, _output: str) -> np.ndarray:
         with torch.inference_mode():
             return module(torch.from_numpy(views)).numpy()
 

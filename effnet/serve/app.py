@@ -211,7 +211,7 @@ def _ask(request: Request, hello: Mapping[str, Any], top_k: int, cam: bool, targ
     except UsageError as error:
         raise Refusal(422, "invalid_parameter", str(error)) from None
     if cam and not hello["cam"]:
-        words = f"{hello['model']} cannot show where its evidence is; serve the checkpoint itself to see it"
+        words = f"{hello['model']} cannot show where its evidence is; serve the checkpoint, or an export with --maps"
         raise Refusal(422, "no_cam", words)
     return {"top_k": top_k, "cam": cam, "target": None if target is None else labels.index(target)}
 

@@ -32,6 +32,7 @@ from effnet.value import UsageError
 
 if TYPE_CHECKING:
     from effnet.engine import Engine
+    from effnet.export.artefact import Exported
     from effnet.network import Model
 
 DECODERS = 2
@@ -53,7 +54,7 @@ class Worker:
     """One engine between a file of jobs and a file of answers. `model`: what is explained, None if nothing can be."""
 
     engine: "Engine"
-    model: "Model | None"
+    model: "Model | Exported | None"
     options: Options
     out: BinaryIO
     ready: "queue.Queue[Ready | None]" = field(default_factory=queue.Queue)  # None: there will be no more
@@ -160,7 +161,7 @@ def picture(values: np.ndarray, height: int, width: int, engine: "Engine") -> by
     return file.getvalue()
 
 
-def hello(engine: "Engine", model: "Model | None") -> dict[str, Any]:
+def hello(engine: "Engine", model: "Model | Exported | None") -> dict[str, Any]:
     """What the front tells people about the model. `probe`: by its answer to one image, models can be told apart."""
     size = engine.preprocess.size
     slope = np.linspace(0, 255, size).astype(np.uint8)
@@ -194,14 +195,15 @@ def main() -> None:
     worker.run(jobs)
 
 
-def opened(where: str, options: Options) -> "tuple[Engine, Model | None]":
-    """The engine, warmed up, and the model that can explain it: its own or, for an export, that of its run folder.
+def opened(where: str, options: Options) -> "tuple[Engine, Model | Exported | None]":
+    """The engine, warmed up, and what can explain it: its own model, an export with maps, or its run folder's model.
 
     `UsageError` for a network without trained weights: every worker would draw its own.
     """
     import torch
 
     from effnet.engine import TorchEngine, open_engine
+    from effnet.export.artefact import Exported
     from effnet.zoo import find, load_model
 
     torch.set_num_threads(options.worker_threads)
@@ -212,7 +214,12 @@ def opened(where: str, options: Options) -> "tuple[Engine, Model | None]":
     size = engine.preprocess.size
     for count in {1, options.max_batch}:
         engine(np.zeros((count, size, size, 3), dtype=np.uint8))
-    model = engine.model if isinstance(engine, TorchEngine) else load_model(where) if path.is_dir() else None
+    if isinstance(engine, TorchEngine):
+        model = engine.model
+    elif isinstance(engine, Exported) and engine.card.tap:
+        model = engine
+    else:
+        model = load_model(where) if path.is_dir() else None
     if model is not None:
         # takes half a second, for which nobody should wait: not the first image, and not the first map
         threading.Thread(target=importlib.import_module, args=("effnet.explain",), daemon=True).start()
