@@ -54,6 +54,14 @@ def _no_global_randomness() -> Iterator[None]:
     assert (before[1][0] == after[1][0]).all(), "this test seeded numpy's global generator: pass a np.random.Generator"
 
 
+@pytest.fixture
+def _global_generator_put_back() -> Iterator[None]:
+    """For tests of a package that draws from Python's global generator."""
+    before = random.getstate()
+    yield
+    random.setstate(before)
+
+
 def picture(seed: int, height: int = 24, width: int = 20) -> np.ndarray:
     """A smooth random picture, uint8 (height, width, 3): 4 x 4 noise scaled up, which JPEG hardly changes."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)

@@ -1,7 +1,6 @@
 """The same job on a Ray cluster of several processes, with workers and a machine killed in the middle of it."""
 
 import os
-import random
 import select
 import signal
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from effnet.value import UsageError
 from tests.conftest import write_images
 from tests.test_predict_job import keep_model
 
+pytestmark = pytest.mark.usefixtures("_global_generator_put_back")  # Ray draws from it
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -30,13 +31,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "images", {"a": 40})
     (root / "images" / "a" / "007.png").write_bytes(b"torn")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _ray_draws_from_the_global_generator() -> Iterator[None]:
-    before = random.getstate()
-    yield
-    random.setstate(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A search on a Ray cluster of several nodes on this machine: the same trials, whatever dies, however many at once."""
 
 import os
-import random
 import signal
 import socket
 import sys
@@ -27,15 +26,10 @@ from tests.conftest import write_images
 from tests.test_cli import TINY, refused, run
 from tests.test_search_study import TASK, TRIALS, stripped, tabulated
 
+pytestmark = pytest.mark.usefixtures("_global_generator_put_back")  # Ray draws from it
+
 LAGGED = TASK.replace(lag=2)
 PATIENCE = 240.0  # seconds that a test waits for what must happen; a busy machine is slow
-
-
-@pytest.fixture(autouse=True)
-def _ray_draws_from_the_global_generator() -> Iterator[None]:
-    before = random.getstate()
-    yield
-    random.setstate(before)
 
 
 @pytest.fixture(scope="module")
