@@ -11,9 +11,10 @@ Command   python experiments/elpv.py run --models efficientnet_lite0 --protocols
           python experiments/elpv.py judge    (finished runs once more, with the mean over eight turns)
           python experiments/elpv.py table
 Time      15 to 22 minutes a run, two at a time on two cores; results/elpv.jsonl has seconds and environment of each
-Outcome   Lite0, seeds 0-4: 87.14 +- 0.99, and 87.76 +- 0.48 as the mean over eight turns: missed by 1.3 and 0.7
-          points, within one standard error. Lite2 with --refit, seeds 0-2 only: 87.73 +- 1.59, turned 89.16 +- 1.31.
-          By module, Lite0, seeds 0-1 only: 69.1. The rest, and Lite1, is still to run (docs/elpv.md).
+Outcome   Weighted accuracy, seeds 0-4, plain and as the mean over eight turns: Lite0 87.14 +- 0.99 and 87.76 +- 0.48;
+          Lite1 (--refit, ten epochs) 86.17 +- 1.73 and 86.44 +- 1.23; Lite2 (--refit) 87.75 +- 1.35 and
+          88.85 +- 1.03: above 88.42 with turns only, and level with it within one standard error. By module, Lite0 with
+          the demo's settings 79.36 +- 1.41 and 79.82 +- 2.06 (docs/elpv.md).
 
 Images: CC BY-NC-SA 4.0 (Buerhop-Lutz et al. 2018; Deitsch et al. 2019, 2021); read from the installed package, never
 bundled. Weights fine-tuned on them are not for commercial use.
