@@ -3,7 +3,7 @@
 Claim     Tan & Le 2019, Table 3 and Figure 8: at the same multiply-adds, scaling all three dimensions is better than
           scaling any one of them, for EfficientNet, MobileNet and ResNet baselines alike. And step 1: coefficients
           that were searched for on a baseline are better for it, at a larger budget, than those found on B0.
-Protocol  Three baselines of 0.7 to 1.8 M multiply-adds at 32 px (2.25 times that at 48 px), written as rows below; widths
+Protocol  Three baselines of 0.7 to 1.9 M multiply-adds at 32 px (2.25 times that at 48 px), as rows below; widths
           in multiples of 2 and layers rounded to the nearest, so that a budget can be met. Each is fitted
           (effnet.fitting, hard limits) to 2 and 4 times its own multiply-adds along four ways: depth, width and
           resolution alone, and "compound", which is fitted along="free": all three rise by the paper's coefficients
