@@ -154,6 +154,11 @@ def ray_cluster() -> Generator[Any]:
             ray.shutdown()
 
 
+def last_line(error: Exception) -> str:
+    """What an error of Ray comes down to: above its last line stand the traces of other machines."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
 def _knock(address: str) -> None:
     """`OSError` where nobody listens at HOST:PORT: Ray (2.60) itself would go on trying for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from effnet.cluster import ray_cluster
+from effnet.cluster import last_line, ray_cluster
 from effnet.inputs import Input
 from effnet.predict import Prediction, answers, identity, opened_on
 from effnet.value import UsageError, check_range
@@ -148,7 +148,7 @@ class _Pool:
         except self.losses_of_ray() as error:
             self.failed_starts += 1
             if self.failed_starts >= MOST_LOSSES:
-                raise UsageError(f"no worker could open {self.made_of[0]}: {_last_line(error)}") from None
+                raise UsageError(f"no worker could open {self.made_of[0]}: {last_line(error)}") from None
             self.start()
             return
         if found != self.expected:
@@ -186,7 +186,3 @@ class _Pool:
     def close(self) -> None:
         for actor in (*self.starting.values(), *self.ready):
             self.ray.kill(actor)
-
-
-def _last_line(error: Exception) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -288,13 +288,13 @@ def _fleet(engine: str, at_once: int | None, cpus: float, gpus: float, retries: 
 
 def _with_supernet(task: Task, fleet: Fleet | None) -> Task:
     """The task, judged by a supernet; refused where that cannot be."""
-    from effnet.search.supernet import Supernet
+    from effnet.search.supernet import refuse_unshareable
 
     if fleet is not None:
         raise UsageError("--engine ray trains candidates; those of a --evaluator supernet are judged in seconds, here.")
     if len(task.rungs) > 1:
         raise UsageError(f"--epochs {task.rungs}: a supernet is trained once, for one number of epochs.")
-    Supernet(task.space, task.seed)
+    refuse_unshareable(task.space)
     return task.replace(about=task.about | {"evaluator": "supernet"})
 
 

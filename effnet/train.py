@@ -33,7 +33,7 @@ from effnet.network import Model, replace_head
 from effnet.optim import optimizer, renew_norms, set_learning
 from effnet.plan import Plan, check_disk, environment, plan, precision_context
 from effnet.recipes import Phase, Place, Recipe, for_images, places, rate
-from effnet.samples import Splits
+from effnet.samples import Source, Splits
 from effnet.state import BEST, LAST, State, content, exists, find, fresh, refuse_other, restore, write
 from effnet.value import UsageError, check_range
 
@@ -261,29 +261,18 @@ def _epoch_left(todo: Plan, state: State) -> Place | None:
 def _epoch(job: Job, state: State, place: Place, stop: Stop) -> Iterator[Event]:
     """The steps of one epoch that are not yet done. Ends early, at a step's end, when all agree to stop."""
     recipe, phase, splits = job.todo.recipe, place.phase, job.splits
-    balance = splits.train.balance() if recipe.balance else np.ones(len(splits.classes), np.float32)
-    class_weights = torch.from_numpy(balance).to(job.device)
+    class_weights = weights_of_classes(splits.train, recipe).to(job.device)
     _prepare(state, phase, recipe.freeze)
-    source = data.batches(
+    source = views(
         splits.train,
-        size_px=phase.size_px,
-        batch=phase.batch,
+        recipe,
+        place,
         preprocess=job.todo.preprocess,
-        train=True,
-        crop=recipe.crop,
-        least_area=recipe.least_area,
-        policy=recipe.policy,
-        magnitude=phase.magnitude,
-        seed=recipe.seed,
-        epoch=place.epoch,
         start_step=len(state.losses),
         workers=data.default_workers(cluster.local_world()) if job.workers is None else job.workers,
-        on_error=recipe.on_error,
-        soft=recipe.soft_targets,
         cache=state.cache,
         rank=cluster.rank(),
         world=cluster.world(),
-        mirrored=augment.mirrored(phase.mixup, phase.cutmix),
     )
     clock = time.perf_counter()
     for batch in source:
@@ -311,6 +300,35 @@ def _epoch(job: Job, state: State, place: Place, stop: Stop) -> Iterator[Event]:
         if job.save_every and state.step % job.save_every == 0 and len(state.losses) < place.steps:
             yield from _saved(job, state)
         clock = time.perf_counter()
+
+
+def views(train: Source, recipe: Recipe, place: Place, **options: Any) -> Iterator[data.Batch]:
+    """The batches of the epoch of `place`, of random views as `recipe` and the phase have them.
+
+    `options`: those of `data.batches` that neither decides: preprocess, the step to begin with, workers, cache, shares.
+    """
+    phase = place.phase
+    return data.batches(
+        train,
+        size_px=phase.size_px,
+        batch=phase.batch,
+        train=True,
+        crop=recipe.crop,
+        least_area=recipe.least_area,
+        policy=recipe.policy,
+        magnitude=phase.magnitude,
+        seed=recipe.seed,
+        epoch=place.epoch,
+        on_error=recipe.on_error,
+        soft=recipe.soft_targets,
+        mirrored=augment.mirrored(phase.mixup, phase.cutmix),
+        **options,
+    )
+
+
+def weights_of_classes(train: Source, recipe: Recipe) -> Tensor:
+    """What an image of each class counts, float32 (K,): one, or the more the rarer it is where the recipe balances."""
+    return torch.from_numpy(train.balance() if recipe.balance else np.ones(len(train.classes), np.float32))
 
 
 def _prepare(state: State, phase: Phase, freeze: int) -> None:

@@ -61,13 +61,13 @@ def tiny(seed: int = 0) -> Model:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
+@pytest.fixture(scope="module", name="model")
+def tiny_model() -> Model:
     return tiny()
 
 
-@pytest.fixture(scope="module")
-def samples(model: Model) -> Samples:
+@pytest.fixture(scope="module", name="samples")
+def real_images(model: Model) -> Samples:
     need("skimage")
     need("sklearn")
     return photographs(model.preprocess)

@@ -16,7 +16,7 @@ from effnet.engine import open_engine
 from effnet.explain import explain
 from effnet.export import open_artefact
 from effnet.export.artefact import Exported
-from effnet.export.gate import Samples, judge, photographs, with_maps
+from effnet.export.gate import Samples, judge, with_maps
 from effnet.export.graph import Deployable
 from effnet.images import prepare
 from effnet.network import Model
@@ -24,24 +24,11 @@ from effnet.serve import wire
 from effnet.serve.options import Options
 from effnet.serve.worker import Worker, hello, opened
 from effnet.value import UsageError
-from tests.conftest import need
 from tests.test_cli import refused, run
-from tests.test_export import LABELS, TEMPERATURE, tiny
+from tests.test_export import LABELS, TEMPERATURE, real_images, tiny, tiny_model  # noqa: F401 (two are fixtures)
 from tests.test_serve import png
 
 WAYS = [("onnx", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8")]
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def samples(model: Model) -> Samples:
-    need("skimage")
-    need("sklearn")
-    return photographs(model.preprocess)
 
 
 @pytest.fixture(scope="module")

@@ -12,23 +12,10 @@ from effnet.checkpoint import from_model, save
 from effnet.deploy import Artefact, export
 from effnet.engine import CHOICE, StaleWarning, TorchEngine, open_engine
 from effnet.export import TARGETS
-from effnet.export.gate import Samples, photographs
+from effnet.export.gate import Samples
 from effnet.network import Model
-from tests.conftest import need
 from tests.test_cli import run
-from tests.test_export import TEMPERATURE, tiny
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def samples(model: Model) -> Samples:
-    need("skimage")
-    need("sklearn")
-    return photographs(model.preprocess)
+from tests.test_export import TEMPERATURE, real_images, tiny, tiny_model  # noqa: F401 (two are fixtures)
 
 
 @pytest.fixture

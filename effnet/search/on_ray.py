@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from effnet.cluster import ray_cluster
+from effnet.cluster import last_line, ray_cluster
 from effnet.search.records import StudyWarning
 from effnet.search.study import Failed, Unable, attempt
 from effnet.value import check_range
@@ -99,7 +99,7 @@ class Tasks:
                 raise Unable("the search was stopped.") from None
             if isinstance(error, self._losses()):
                 raise
-            raise Unable(f"the Ray cluster cannot try candidates: {_last_line(error)}") from None
+            raise Unable(f"the Ray cluster cannot try candidates: {last_line(error)}") from None
         finally:
             with self.lock:
                 self.under_way.discard(call)
@@ -119,7 +119,3 @@ class Tasks:
 
 def _first_line(error: Exception | None) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _last_line(error: Exception) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

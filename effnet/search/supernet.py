@@ -37,11 +37,11 @@ from effnet.layers import BLOCKS
 from effnet.network import Model
 from effnet.optim import load_optimizer_tensors, optimizer, optimizer_tensors, renew_norms
 from effnet.plan import precision_context, run_preprocess
-from effnet.recipes import Phase, Place, Recipe, phases, places, rate
+from effnet.recipes import Phase, Recipe, phases, places, rate
 from effnet.samples import Splits
 from effnet.search.space import Code, Space
 from effnet.spec import Network, Stage, block
-from effnet.train import Diverged, score, weighted_cross_entropy
+from effnet.train import Diverged, score, views, weighted_cross_entropy, weights_of_classes
 from effnet.value import UsageError, check_range
 
 SHARED = {
@@ -128,6 +128,11 @@ class Supernet(nn.Module):
         codes = [self.space.sample(rng) for _ in range(drawn + 2)]
         codes[0], codes[-1] = self.end(codes[0], largest=True), self.end(codes[-1], largest=False)
         return [self.space.network(code) for code in codes]
+
+
+def refuse_unshareable(space: Space) -> None:
+    """`UsageError` where the candidates of `space` cannot share weights; nothing is drawn."""
+    _stages(space)
 
 
 # --- what is shared -------------------------------------------------------------------------------------------------
@@ -309,14 +314,19 @@ def training(
     losses: list[float] = []
     if path.exists():
         step, losses = _restored(net, learner, path, identity)
+    preprocess, class_weights = run_preprocess(base, recipe), weights_of_classes(splits.train, recipe)
     cache, saved = data.Cache(), time.monotonic()
     for place in places(rows, images, step - len(losses)):
         started = time.perf_counter()
-        for batch in _batches(splits, recipe, base, place, len(losses), cache, workers):
+        options: dict[str, Any] = {"start_step": len(losses), "workers": workers, "cache": cache}
+        for batch in views(splits.train, recipe, place, preprocess=preprocess, **options):
             lr = rate(recipe, next(places(rows, images, step)))
             for group in learner.param_groups:
                 group["lr"] = lr
-            losses.append(_step(net, learner, batch, splits, recipe, place.phase, step, drawn, device))
+            pixels = normalise(batch.images.to(device), preprocess)
+            weights = (batch.weights * class_weights[batch.labels]).to(device)
+            targets = batch.targets.to(device)
+            losses.append(_step(net, learner, pixels, targets, weights, recipe, place.phase, step, drawn))
             step += 1
             if time.monotonic() - saved > SAVE_SECONDS and len(losses) < place.steps:
                 _save(net, learner, path, identity, recipe, step, losses)
@@ -336,50 +346,22 @@ def _check(recipe: Recipe, drawn: int) -> None:
         raise UsageError("recipe accumulate: a supernet's step is computed network by network, not in parts; set 1.")
 
 
-def _batches(
-    splits: Splits, recipe: Recipe, base: Network, place: Place, start: int, cache: data.Cache, workers: int | None
-) -> Iterator[data.Batch]:
-    phase = place.phase
-    return data.batches(
-        splits.train,
-        size_px=phase.size_px,
-        batch=phase.batch,
-        preprocess=run_preprocess(base, recipe),
-        train=True,
-        crop=recipe.crop,
-        least_area=recipe.least_area,
-        policy=recipe.policy,
-        magnitude=phase.magnitude,
-        seed=recipe.seed,
-        epoch=place.epoch,
-        start_step=start,
-        workers=workers,
-        on_error=recipe.on_error,
-        soft=recipe.soft_targets,
-        cache=cache,
-    )
-
-
 def _step(
     net: Supernet,
     learner: torch.optim.Optimizer,
-    batch: data.Batch,
-    splits: Splits,
+    images: Tensor,
+    targets: Tensor,
+    weights: Tensor,
     recipe: Recipe,
     phase: Phase,
     step: int,
     drawn: int,
-    device: str,
 ) -> float:
     """One update from the largest, some and the smallest: the loss of the largest."""
-    images = normalise(batch.images.to(device), run_preprocess(net.space.base, recipe))
+    device = images.device.type
     mixing = np.random.default_rng((recipe.seed, step))
-    images, targets = augment.mix(
-        images, batch.targets.to(device), mixup_alpha=phase.mixup, cutmix_alpha=phase.cutmix, rng=mixing
-    )
+    images, targets = augment.mix(images, targets, mixup_alpha=phase.mixup, cutmix_alpha=phase.cutmix, rng=mixing)
     images = images.contiguous(memory_format=torch.channels_last)
-    balance = splits.train.balance() if recipe.balance else np.ones(len(splits.classes), np.float32)
-    weights = (batch.weights * torch.from_numpy(balance)[batch.labels]).to(device)
     generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
     learner.zero_grad(set_to_none=True)
     told: Tensor | None = None
