@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 PHOTOS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
-SETTLED = 1000  # requests before memory is first read
+SETTLED = 1000  # requests before anything counts, and between two readings of memory
 
 
 # --- the images -----------------------------------------------------------------------------------------------------
@@ -236,12 +236,20 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+async def watched(load: Load, pids: list[int], readings: list[dict[str, Any]]) -> None:
+    """Reads the processes' memory after every `SETTLED` requests, until it is cancelled."""
+    while True:
+        if load.total >= SETTLED * (len(readings) + 1):
+            readings.append({"requests": load.total, "rss_mb": resident_mb(pids)})
+        await asyncio.sleep(0.2)
+
+
 async def under_load(load: Load, options: argparse.Namespace, pids: list[int]) -> dict[str, Any]:
     """All periods; what the good requests saw with and without broken ones; memory and CPU time."""
     kinds: dict[str, Tally] = {"clean": Tally()} | ({"with broken": Tally()} if options.broken else {})
-    warm = Tally()
+    warm, readings = Tally(), []
+    watch = asyncio.create_task(watched(load, pids, readings))
     await load.period(options.clients, 0.0, warm, seconds=600, most=min(SETTLED, options.requests))
-    before = {"requests": load.total, "rss_mb": resident_mb(pids)}
     cpu = [cpu_seconds(pid) for pid in pids], time.process_time()
     order = ["clean", "with broken", "with broken", "clean"] if options.broken else ["clean"]
     for name in order:
@@ -252,12 +260,13 @@ async def under_load(load: Load, options: argparse.Namespace, pids: list[int]) -
     own = time.process_time() - cpu[1]
     rest = Tally()
     await load.period(options.clients, options.broken, rest, seconds=3600, most=options.requests)
-    after = {"requests": load.total, "rss_mb": resident_mb(pids)}
+    watch.cancel()
+    readings.append({"requests": load.total, "rss_mb": resident_mb(pids)})
     outcomes = sum((tally.outcomes for tally in [warm, *kinds.values(), rest]), Counter())
     return {
         "periods": {name: tally.document() for name, tally in kinds.items()},
         "outcomes": dict(outcomes),
-        "memory": {"processes": ["front", *["worker"] * (len(pids) - 1)], "before": before, "after": after},
+        "memory": {"processes": ["front", *["worker"] * (len(pids) - 1)], "readings": readings},
         "cpu_s": {"front": round(used[0], 1), "workers": [round(s, 1) for s in used[1:]], "clients": round(own, 1)},
     }
 
@@ -295,7 +304,7 @@ def main() -> None:
     parser.add_argument("--model", default="efficientnet_lite0.in1k")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0, help="of load, for each kind of period")
-    parser.add_argument("--requests", type=int, default=10_000, help="at least so many, before memory is read again")
+    parser.add_argument("--requests", type=int, default=10_000, help="at least so many, until memory is read last")
     parser.add_argument("--broken", type=float, default=0.0, help="share of broken uploads in every second period")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int)
@@ -322,9 +331,8 @@ def main() -> None:
         print(f"{name:12} {numbers}   {row['outcomes']}")
     own = " and ".join(map(str, document["engine_images_per_s"]))
     print(f"throughput   {document['share']:.1%} of the engine's own ({own} images/s at batch {options.max_batch})")
-    for when in ("before", "after"):
-        memory = document["memory"][when]
-        print(f"memory       {memory['rss_mb']} MB after {memory['requests']} requests (front, then workers)")
+    for reading in document["memory"]["readings"]:
+        print(f"memory       {reading['rss_mb']} MB after {reading['requests']} requests (front, then workers)")
     if options.out:
         options.out.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -313,23 +314,28 @@ void depthwise_backward(const T* dy, const T* x, const float* weights, T* dx, fl
 
 enum Act { NONE, RELU, RELU6, SILU };
 
-#if defined(__AVX512F__)
-// 1 / (1 + 2^t), t = -z log2 e: 2^t from a polynomial on [-1/2, 1/2] (Cephes' exp2f), the reciprocal by one Newton step
-// from 14 bits. Relative error below 3e-7 for |z| < 20.
+#if defined(__AVX512DQ__)
+// 2^t: a polynomial on [0, 1), minimax in the relative error (7.5e-8), times 2^floor(t).
+inline vec exp2(vec t) {
+  const vec f = (vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vec p = all(1.877576671e-3f);
+  p = p * f + 8.989340340e-3f;
+  p = p * f + 5.582631759e-2f;
+  p = p * f + 2.401536173e-1f;
+  p = p * f + 6.931530731e-1f;
+  p = p * f + 9.999999251e-1f;
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+
+// 1 / (1 + e^-z), the reciprocal by one Newton step from 14 bits. Relative error below 3e-7 for |z| < 20.
 inline vec sigmoid(vec z) {
-  const __m512 t = (__m512)(z * -1.442695041f), n = _mm512_roundscale_ps(t, 0);
-  const vec f = (vec)_mm512_sub_ps(t, n);
-  vec p = all(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.f;
-  const vec d = (vec)_mm512_min_ps(_mm512_scalef_ps((__m512)p, n), _mm512_set1_ps(1e37f)) + 1.f;
+  const vec d = (vec)_mm512_min_ps((__m512)exp2(z * -1.442695041f), _mm512_set1_ps(1e37f)) + 1.f;
   const vec r = (vec)_mm512_rcp14_ps((__m512)d);
   return r * (2.f - d * r);
 }
+
+// The same to 14 bits, for gradients that are rounded to 8.
+inline vec roughly_sigmoid(vec z) { return (vec)_mm512_rcp14_ps((__m512)(exp2(z * -1.442695041f) + 1.f)); }
 #else
 inline vec sigmoid(vec z) {  // e^-z = 2^n e^r with |r| <= ln 2 / 2 (Cephes' expf)
   vec x = -z;
@@ -349,6 +355,7 @@ inline vec sigmoid(vec z) {  // e^-z = 2^n e^r with |r| <= ln 2 / 2 (Cephes' exp
   const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
   return 1.f / (1.f + p * (vec)power);
 }
+inline vec roughly_sigmoid(vec z) { return sigmoid(z); }
 #endif
 
 template <int A> inline vec activated(vec z) {
@@ -358,9 +365,9 @@ template <int A> inline vec activated(vec z) {
   return z;
 }
 
-template <int A> inline vec slope(vec z) {  // of the activation; ReLU's kinks count as flat, as in PyTorch
+template <class T, int A> inline vec slope(vec z) {  // of the activation; ReLU's kinks count as flat, as in PyTorch
   if (A == SILU) {
-    const vec s = sigmoid(z);
+    const vec s = std::is_same_v<T, Bfloat16> ? roughly_sigmoid(z) : sigmoid(z);
     return s * (1.f + z * (1.f - s));
   }
   vec one = all(1.f);
@@ -470,13 +477,14 @@ void norm_forward(const T* x, const float* scale, const float* shift, T* y, floa
 
 // With xhat = (x - mean) * rstd, z = xhat * weight + bias = x * scale + shift and dz = (dy + dpooled / HW) * act'(z):
 // dbias = sum dz, dweight = sum dz xhat, dx = weight * rstd * (dz - dbias / M - xhat * dweight / M).
-// dz is computed twice: that is hidden behind the memory, writing and reading it would not be. `dpooled`, `dx`: may be
-// null.
+// dz is needed twice. ReLU's is computed again; SiLU's costs more than writing and reading it, and waits in dx, rounded
+// to T. `dpooled`, `dx`: may be null.
 template <class T, int A>
 void norm_backward(const T* dy, const float* dpooled, const T* x, const float* mean, const float* rstd,
                    const float* weight, const float* bias, T* dx, float* dweight, float* dbias, Map s, int threads) {
   const int C = s.C, parts = s.parts();
   const float share = 1.f / s.HW;
+  const bool keeping = A == SILU && dx;
   std::vector<float> sums((size_t)parts * C, 0.f), products((size_t)parts * C, 0.f);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int p = 0; p < parts; ++p) {
@@ -484,17 +492,18 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
     const Part part(p, s);
     tiles(part, C, [=](long m, int rows, int c, int lanes) {
       const vec center = load(mean + c, lanes), inverse = load(rstd + c, lanes);
-      const vec w = load(weight + c, lanes), b = load(bias + c, lanes);
+      const vec scale = load(weight + c, lanes) * inverse, b = load(bias + c, lanes);
       const vec extra = dpooled ? load(dpooled + (size_t)part.n * C + c, lanes) * share : vec{};
       vec a{}, q{};
       for (int r = 0; r < rows; ++r) {
-        const vec xhat = (load(x + (m + r) * C + c, lanes) - center) * inverse;
-        const vec dz = (load(dy + (m + r) * C + c, lanes) + extra) * slope<A>(xhat * w + b);
+        const vec d = load(x + (m + r) * C + c, lanes) - center;
+        const vec dz = (load(dy + (m + r) * C + c, lanes) + extra) * slope<T, A>(d * scale + b);
+        if (keeping) store(dx + (m + r) * C + c, dz, lanes);
         a += dz;
-        q += dz * xhat;
+        q += dz * d;
       }
       add(sum + c, a, lanes);
-      add(product + c, q, lanes);
+      add(product + c, q * inverse, lanes);
     });
   }
   // dx = scale * dz + times * x + plus
@@ -519,9 +528,11 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
     const float* extra = dpooled ? dpooled + (size_t)part.n * C : nullptr;
     const auto value = [=](long m, int c, int lanes) {
       const vec in = load(x + m * C + c, lanes), a = load(scale + c, lanes);
+      const vec rest = in * load(by + c, lanes) + load(more + c, lanes);
+      if (keeping) return a * load(dx + m * C + c, lanes) + rest;
       vec d = load(dy + m * C + c, lanes);
       if (extra) d += load(extra + c, lanes) * share;
-      return a * d * slope<A>(in * a + load(shift + c, lanes)) + in * load(by + c, lanes) + load(more + c, lanes);
+      return a * d * slope<T, A>(in * a + load(shift + c, lanes)) + rest;
     };
     if (streaming)
       rows(part, C, [=](long m, int c, int) { stream(dx + m * C + c, value(m, c, L)); });
