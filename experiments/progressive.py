@@ -13,7 +13,7 @@ Protocol  Three arms, the same network (EfficientNet-Lite0 from ImageNet weights
           seed. The last model is also judged with its batch norms' statistics counted anew (`norm_batches`).
 Command   python experiments/emoji.py data/emoji
           python experiments/progressive.py run --data data/emoji --sizes 64 160 --epochs 12
-          python experiments/progressive.py run --data elpv --sizes 80 256 --epochs 6
+          python experiments/progressive.py run --data elpv --sizes 80 256 --epochs 5
           python experiments/progressive.py table; python experiments/progressive.py figure
 Time      not run yet beyond a trial of one epoch on two sizes
 Outcome   none yet

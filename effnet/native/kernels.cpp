@@ -477,14 +477,13 @@ void norm_forward(const T* x, const float* scale, const float* shift, T* y, floa
 
 // With xhat = (x - mean) * rstd, z = xhat * weight + bias = x * scale + shift and dz = (dy + dpooled / HW) * act'(z):
 // dbias = sum dz, dweight = sum dz xhat, dx = weight * rstd * (dz - dbias / M - xhat * dweight / M).
-// dz is needed twice. ReLU's is computed again; SiLU's costs more than writing and reading it, and waits in dx, rounded
-// to T. `dpooled`, `dx`: may be null.
+// dz is computed twice: that is hidden behind the memory, writing and reading it would not be. `dpooled`, `dx`: may be
+// null.
 template <class T, int A>
 void norm_backward(const T* dy, const float* dpooled, const T* x, const float* mean, const float* rstd,
                    const float* weight, const float* bias, T* dx, float* dweight, float* dbias, Map s, int threads) {
   const int C = s.C, parts = s.parts();
   const float share = 1.f / s.HW;
-  const bool keeping = A == SILU && dx;
   std::vector<float> sums((size_t)parts * C, 0.f), products((size_t)parts * C, 0.f);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int p = 0; p < parts; ++p) {
@@ -498,7 +497,6 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
       for (int r = 0; r < rows; ++r) {
         const vec d = load(x + (m + r) * C + c, lanes) - center;
         const vec dz = (load(dy + (m + r) * C + c, lanes) + extra) * slope<T, A>(d * scale + b);
-        if (keeping) store(dx + (m + r) * C + c, dz, lanes);
         a += dz;
         q += dz * d;
       }
@@ -528,11 +526,9 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
     const float* extra = dpooled ? dpooled + (size_t)part.n * C : nullptr;
     const auto value = [=](long m, int c, int lanes) {
       const vec in = load(x + m * C + c, lanes), a = load(scale + c, lanes);
-      const vec rest = in * load(by + c, lanes) + load(more + c, lanes);
-      if (keeping) return a * load(dx + m * C + c, lanes) + rest;
       vec d = load(dy + m * C + c, lanes);
       if (extra) d += load(extra + c, lanes) * share;
-      return a * d * slope<T, A>(in * a + load(shift + c, lanes)) + rest;
+      return a * d * slope<T, A>(in * a + load(shift + c, lanes)) + in * load(by + c, lanes) + load(more + c, lanes);
     };
     if (streaming)
       rows(part, C, [=](long m, int c, int) { stream(dx + m * C + c, value(m, c, L)); });
