@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     done = {identity(row) for row in read(args.results)}
     jobs = [
         {"data": args.data, "arm": arm, "seed": seed, "epochs": args.epochs, "sizes": list(args.sizes)}
-        for seed, arm in itertools.product(args.seeds, ARMS)
+        for seed, arm in itertools.product(args.seeds, args.arms)
     ]
     todo = [job for job in jobs if identity(job) not in done]
     print(f"{len(todo)} runs to do, {len(done)} in {args.results}", flush=True)
@@ -213,6 +213,7 @@ def main() -> None:
     many = verbs.add_parser("run", help="the runs that are not in the results yet")
     many.add_argument("--data", required=True, help="a folder, or elpv")
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    many.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     many.add_argument("--epochs", type=int, default=12)
     many.add_argument("--sizes", nargs=2, type=int, default=SIZES)
     many.add_argument("--jobs", type=int, default=2)

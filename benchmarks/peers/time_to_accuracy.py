@@ -8,13 +8,15 @@ timm      Its data pipeline, optimizers, schedules and network, channels last un
                      5 of them warm-up, weight decay 2e-5, label smoothing 0.1, colour jitter 0.4, crops of 8 to 100 %
             adamw    effnet's rates in timm's loop: AdamW at 1e-3, one warm-up epoch, weight decay 0.01, and timm's
                      RandAugment `rand-m9-mstd0.5`: a peer that was tuned for the task
-effnet    The adaptive arm of experiments/progressive.py: `finetune`, 64 to 160 px, regularisation rising with it.
+effnet    The adaptive arm of experiments/progressive.py: `finetune`, 64 to 160 px, regularisation rising with it; 12
+          epochs, and 24: an epoch of it costs a seventh of timm's.
 Clock     Processor seconds of the training steps, decoding and augmentation included, validation not; one thread.
 Target    60, 65 and 70 % of the validation images, and what timm had after its last epoch; each at the end of the first
           epoch that is at least as good; the ratio is effnet's time over timm's, by seed. One image is 0.4 points.
           Goal: 0.5 at most.
 Command   python experiments/emoji.py data/emoji
-          python experiments/progressive.py run --data data/emoji --sizes 64 160 --epochs 12          (effnet's rows)
+          python experiments/progressive.py run --data data/emoji --sizes 64 160 --arms adaptive --epochs 12
+          python experiments/progressive.py run --data data/emoji --sizes 64 160 --arms adaptive --epochs 24
           OMP_NUM_THREADS=1 benchmarks/peers/.venv/bin/python -m benchmarks.peers.time_to_accuracy run
           OMP_NUM_THREADS=1 benchmarks/peers/.venv/bin/python -m benchmarks.peers.time_to_accuracy table
 
@@ -28,7 +30,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +148,16 @@ def first_at(curve: Curve, target: float) -> float | None:
     return next((seconds for seconds, value in curve if value >= target), None)
 
 
-def table(found: list[dict[str, Any]], ours: list[dict[str, Any]], arms: tuple[str, ...]) -> str:
-    """Markdown: for every setting of timm, arm of ours and target the seconds of both by seed, and their ratios."""
-    rows: list[list[str]] = [["timm", "effnet", "target", "timm's s by seed", "effnet's s", "ratios", "median"]]
+def table(found: list[dict[str, Any]], ours: list[dict[str, Any]], epochs: Sequence[int]) -> str:
+    """Markdown: for every setting of timm, length of our runs and target the seconds of both by seed, and ratios."""
+    rows: list[list[str]] = [
+        ["timm", "effnet's epochs", "target", "timm's s by seed", "effnet's s", "ratios", "median"]
+    ]
     rows.append(["---"] * len(rows[0]))
-    for settings, arm, target in itertools.product(SETTINGS, arms, (*TARGETS, None)):
+    for settings, length, target in itertools.product(SETTINGS, epochs, (*TARGETS, None)):
         times = [
             (first_at(theirs, goal), first_at(mine, goal))
-            for theirs, mine in pairs(found, ours, settings, arm)
+            for theirs, mine in pairs(found, ours, settings, length)
             for goal in [target or theirs[-1][1]]
         ]
         if not times:
@@ -162,16 +166,14 @@ def table(found: list[dict[str, Any]], ours: list[dict[str, Any]], arms: tuple[s
         spent = [", ".join("never" if t is None else f"{t:.0f}" for t in column) for column in zip(*times, strict=True)]
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         name = f"{target:.0%}" if target else "timm's last"
-        rows.append([settings, arm, name, *spent, shown, f"{statistics.median(ratios):.2f}" if ratios else ""])
+        rows.append([settings, str(length), name, *spent, shown, f"{statistics.median(ratios):.2f}" if ratios else ""])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def pairs(
-    found: list[dict[str, Any]], ours: list[dict[str, Any]], settings: str, arm: str
-) -> Iterator[tuple[Curve, Curve]]:
-    """timm's curve and ours of the same seed, data, epochs and size."""
+def pairs(found: list[dict], ours: list[dict], settings: str, epochs: int) -> Iterator[tuple[Curve, Curve]]:
+    """timm's curve and ours of the same seed, data and size, ours over `epochs`."""
     for row in sorted((row for row in found if row["settings"] == settings), key=lambda row: row["seed"]):
-        same = {"data": row["data"], "seed": row["seed"], "epochs": row["epochs"], "arm": arm}
+        same = {"data": row["data"], "seed": row["seed"], "epochs": epochs, "arm": "adaptive"}
         for run in ours:
             if same.items() <= run.items() and run["sizes"][1] == row["size"]:
                 theirs = [(point["seconds"], point["val"]) for point in row["curve"]]
@@ -193,12 +195,12 @@ def main() -> None:
     many.add_argument("--epochs", type=int, default=12)
     show = verbs.add_parser("table", help="the table in Markdown")
     show.add_argument("--ours", type=Path, default=OURS, help="rows of experiments/progressive.py")
-    show.add_argument("--arms", nargs="+", default=["adaptive"])
+    show.add_argument("--epochs", nargs="+", type=int, default=[12, 24], help="of effnet's runs")
     for sub in (many, show):
         sub.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.verb == "table":
-        print(table(read(args.results), read(args.ours), tuple(args.arms)))
+        print(table(read(args.results), read(args.ours), args.epochs))
         return
     args.results.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
