@@ -33,7 +33,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compound import in_processes, interval, paired, read
+from compound import in_processes, interval, markdown, paired, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "progressive.jsonl"
@@ -165,7 +165,7 @@ def grouped(found: list[dict[str, Any]]) -> dict[tuple, dict[str, dict[int, dict
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: accuracy, time and pixels of each arm, and its difference to fixed size, paired by seed."""
     heads = ["data", "arm", "seeds", "test accuracy in %", "minus fixed", "", "time of fixed's", "pixels of fixed's"]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    rows = []
     for (data, epochs, sizes), arms in sorted(grouped(found).items()):
         for arm in (arm for arm in ARMS if arm in arms):
             seeds, fixed = arms[arm], arms.get("fixed", {})
@@ -180,8 +180,8 @@ def table(found: list[dict[str, Any]]) -> str:
                 cells.append(
                     f"{statistics.fmean(mine[unit] / theirs[unit] for mine, theirs in ends):.2f}" if both else ""
                 )
-            lines.append(" | ".join(map(str, cells)))
-    return "\n".join(f"| {line} |" for line in lines)
+            rows.append(cells)
+    return markdown(heads, rows)
 
 
 def figure(found: list[dict[str, Any]], path: Path) -> None:

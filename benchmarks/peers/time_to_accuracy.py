@@ -26,7 +26,6 @@ what is there is not run again.
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import time
@@ -46,6 +45,7 @@ from effnet.dialects import from_effnet
 from effnet.plan import environment
 from effnet.sources import open_data
 from effnet.zoo import load_model
+from experiments.compound import append, markdown, read
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "time_to_accuracy.jsonl"
@@ -150,10 +150,7 @@ def first_at(curve: Curve, target: float) -> float | None:
 
 def table(found: list[dict[str, Any]], ours: list[dict[str, Any]], epochs: Sequence[int]) -> str:
     """Markdown: for every setting of timm, length of our runs and target the seconds of both by seed, and ratios."""
-    rows: list[list[str]] = [
-        ["timm", "effnet's epochs", "target", "timm's s by seed", "effnet's s", "ratios", "median"]
-    ]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for settings, length, target in itertools.product(SETTINGS, epochs, (*TARGETS, None)):
         times = [
             (first_at(theirs, goal), first_at(mine, goal))
@@ -166,8 +163,9 @@ def table(found: list[dict[str, Any]], ours: list[dict[str, Any]], epochs: Seque
         spent = [", ".join("never" if t is None else f"{t:.0f}" for t in column) for column in zip(*times, strict=True)]
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         name = f"{target:.0%}" if target else "timm's last"
-        rows.append([settings, str(length), name, *spent, shown, f"{statistics.median(ratios):.2f}" if ratios else ""])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows.append([settings, length, name, *spent, shown, f"{statistics.median(ratios):.2f}" if ratios else ""])
+    heads = ["timm", "effnet's epochs", "target", "timm's s by seed", "effnet's s", "ratios", "median"]
+    return markdown(heads, rows)
 
 
 def pairs(found: list[dict], ours: list[dict], settings: str, epochs: int) -> Iterator[tuple[Curve, Curve]]:
@@ -178,10 +176,6 @@ def pairs(found: list[dict], ours: list[dict], settings: str, epochs: int) -> It
             if same.items() <= run.items() and run["sizes"][1] == row["size"]:
                 theirs = [(point["seconds"], point["val"]) for point in row["curve"]]
                 yield theirs, [(point["seconds"], point["val"]["accuracy"]) for point in run["curve"]]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:
@@ -208,9 +202,7 @@ def main() -> None:
             job = {"settings": settings, "seed": seed, "data": Path(args.data).name, "size": args.size}
             job |= {"epochs": args.epochs}
             if not any(job.items() <= row.items() for row in read(args.results)):
-                row = one(**job | {"data": args.data})
-                with open(args.results, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(one(**job | {"data": args.data}), args.results)
 
 
 if __name__ == "__main__":
