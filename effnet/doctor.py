@@ -291,6 +291,8 @@ def _group_finding(check: str, severity: Severity, groups: Sequence[Sequence[Loo
 def _near(seen: Sequence[Look]) -> tuple[tuple[Pair, ...], Finding]:
     """Pairs of different pictures that look alike, the most alike first."""
     different = list({look.pixel_hash: look for look in seen}.values())
+    if not different:
+        return (), _near_finding((), 0, 0)
     if len(different) > MOST_COMPARED:
         message = f"not searched: {len(different)} pictures, more than {MOST_COMPARED}"
         return (), Finding(check="near duplicates", severity="warning", message=message)

@@ -78,6 +78,15 @@ def test_files_that_cannot_be_decoded_are_all_named(root):
     ]
 
 
+def test_a_folder_without_one_readable_picture_is_diagnosed_too(root):
+    files = sorted(root.rglob("*.png"))
+    for file in files:
+        file.write_bytes(b"no picture")
+    diagnosis = examine(root)
+    ((severity, message),) = found(diagnosis, "decoding")
+    assert severity == "error" and message.startswith(f"{len(files)} of {len(files)} pictures cannot be decoded")
+
+
 def test_the_same_picture_in_two_parts_is_an_error_even_in_another_format(root):
     (root / "test/cat/copy.png").write_bytes((root / "train/cat/001.png").read_bytes())
     Image.open(root / "train/dog/002.png").save(root / "val/dog/again.bmp")
