@@ -47,9 +47,10 @@ def view(
 
     `crop` `inception`: a share `area` of the image (V2: from 0.05) at an aspect of 3/4 to 4/3, flipped half the time.
     `dihedral`: the central square, one of its eight flips and turns, within 3 degrees, 2 % of shift and 2 % of scale;
-    for pictures without an up (one bilinear resampling). `resize`: the whole image, flipped half the time. `none`: the
-    whole image. On top comes the `policy`: two operations of `rand_augment` where `magnitude` is above 0; AutoAugment
-    v0; or `cutout` of half the side, as the official V2 fine-tuning has it.
+    for pictures without an up (one bilinear resampling). `resize`: the whole image, flipped half the time. `pad`: then
+    also moved by up to an eighth of the side, black coming in, for small images (He et al. 2016). `none`: the whole
+    image. On top comes the `policy`: two operations of `rand_augment` where `magnitude` is above 0; AutoAugment v0; or
+    `cutout` of half the side, as the official V2 fine-tuning has it.
     """
     check_choice("crop", crop, get_args(Crop))
     check_choice("policy", policy, get_args(Policy))
@@ -72,6 +73,8 @@ def view(
         box = inception_box(width, height, rng, area=area) if crop == "inception" else (0, 0, width, height)
         part, inside = _part(image, box, size_px)
         pixels = resized(part, size_px, interpolation, box=inside, flip=crop != "none" and rng.random() < 0.5)
+        if crop == "pad":
+            pixels = shifted(pixels, rng)
     if policy == "autoaugment":
         return auto_augment(pixels, rng, reach=AUTO_REACH.at(size_px))
     if policy == "cutout":
@@ -79,6 +82,15 @@ def view(
     if magnitude == 0:
         return pixels
     return rand_augment(pixels, magnitude, rng, reach=RAND_REACH.at(size_px))
+
+
+def shifted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`pixels` (S, S, 3) moved by at most S / 8 along each axis, with black where nothing was."""
+    size = pixels.shape[0]
+    most = size // 8
+    top, left = rng.integers(0, 2 * most + 1, 2)
+    padded = np.pad(pixels, ((most, most), (most, most), (0, 0)))
+    return np.ascontiguousarray(padded[top : top + size, left : left + size])
 
 
 def _sides(image: np.ndarray | Picture) -> tuple[int, int]:

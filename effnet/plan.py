@@ -76,7 +76,7 @@ class Plan(Value):
 def run_preprocess(network: Network, recipe: Recipe) -> Preprocess:
     """How the trained model will see images: the weights' normalisation, at the recipe's evaluation size.
 
-    A recipe that never crops (`dihedral`, `resize`, `none`) is evaluated on the whole image, aspect not kept.
+    A recipe that never crops (`dihedral`, `resize`, `pad`, `none`) is evaluated on the whole image, aspect not kept.
     """
     size = recipe.eval_px or phases(recipe, network)[-1].size_px
     if recipe.crop == "inception":

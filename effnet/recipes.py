@@ -18,7 +18,7 @@ from effnet.spec import Network
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
 Optimizer = Literal["rmsprop", "sgd", "adamw"]
-Crop = Literal["inception", "dihedral", "resize", "none"]
+Crop = Literal["inception", "dihedral", "resize", "pad", "none"]
 Policy = Literal["randaugment", "autoaugment", "cutout"]
 Growth = Literal["paper", "official"]
 Precision = Literal["auto", "float32", "bfloat16"]

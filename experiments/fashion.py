@@ -5,7 +5,7 @@ Claim     A small V2-like baseline, scaled by the compound rule to limits on par
           parameters) and ResNet-18 (0.949), all three as listed in the data set's own README.
 Protocol  All 60,000 training images, none held out: nothing is chosen by it, the last epoch is judged, once, on the
           10,000 test images. Network: fit(BASELINE, {"params": 1e6, "macs": --macs}, "compound", max_resolution=28):
-          the images have no 29th pixel. Trained progressively, 18 to 28 px in four stages.
+          the images have no 29th pixel. Trained progressively, 16 to 28 px in four stages (even sizes are quicker).
           Seeds draw weights, order and views; Student's t over seeds (95 %).
 Command   python experiments/fashion.py run --jobs 2        (a run that was cut off goes on; cheaper: --epochs 3)
           python experiments/fashion.py table
@@ -39,11 +39,11 @@ BASELINE = Network(
     name="fashion",
     stem=Stem(width=16, stride=1),
     stages=(
-        Stage(op="fused", repeats=1, width=16, stride=1, expand=1),
-        Stage(op="fused", repeats=2, width=32, stride=2, expand=4),
-        Stage(op="fused", repeats=2, width=48, stride=2, expand=4),
+        Stage(op="fused", repeats=1, width=16, stride=1, expand=1, deepen=0.0),  # its maps are the dear ones
+        Stage(op="fused", repeats=1, width=48, stride=2, expand=1),
+        Stage(op="fused", repeats=2, width=112, stride=2, expand=1),
     ),
-    head=Head(width=192, classes=10),
+    head=Head(width=256, classes=10),
     resolution=28,
     preprocess=Preprocess(size=28, resize=28, mean=(0.2860,) * 3, std=(0.3530,) * 3),
     rounding=Rounding(divisor=16, depth="round"),
@@ -57,13 +57,13 @@ def network(macs: float) -> Network:
 
 
 def recipe(job: dict[str, Any]) -> Recipe:
-    """Progressive sizes and dropout, flips, nothing else: a short run learns too little rather than too much."""
+    """Progressive sizes and dropout, shifts and flips: what the published entries of the table used, and no more."""
     return Recipe(
         name="fashion",
         epochs=job["epochs"],
         seed=job["seed"],
         stages=4,
-        size_px=(18, 28),
+        size_px=(16, 28),
         eval_px=28,
         batch=128,
         lr=3e-3,
@@ -73,8 +73,8 @@ def recipe(job: dict[str, Any]) -> Recipe:
         norm_momentum=0.1,
         ema=0.999,
         label_smoothing=0.1,
-        crop="resize",
-        dropout=(0.0, 0.1),
+        crop="pad",
+        dropout=(0.0, 0.2),
         drop_path=(0.0, 0.0),
         precision="bfloat16",
     )
@@ -146,7 +146,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     many = verbs.add_parser("run", help="the runs that are not in the results yet")
     many.add_argument("--macs", type=float, default=60e6, help="limit on multiply-adds")
-    many.add_argument("--epochs", type=int, default=8)
+    many.add_argument("--epochs", type=int, default=24)
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     many.add_argument("--jobs", type=int, default=2)
     single = verbs.add_parser("one", help="one run, as JSON; its row is the last line printed")

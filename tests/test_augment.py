@@ -31,7 +31,7 @@ from effnet.recipes import Policy
 from effnet.value import UsageError
 
 GEOMETRIC = ["Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout"]
-CROPS = ["inception", "dihedral", "resize", "none"]
+CROPS = ["inception", "dihedral", "resize", "pad", "none"]
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -169,6 +169,26 @@ def test_resize_is_the_image_or_its_mirror_image_about_half_the_time():
     straight = sum(bool((v == image).all()) for v in views)
     mirrored = sum(bool((v == image[:, ::-1]).all()) for v in views)
     assert straight + mirrored == 200 and 70 < straight < 130
+
+
+def test_pad_is_a_shift_by_at_most_an_eighth_with_black_coming_in_and_a_mirror_image_about_half_the_time():
+    image, mirrored = noise(40, 40) | 1, 0  # no black of its own
+    framed = {flip: np.pad(image[:, ::-1] if flip else image, ((5, 5), (5, 5), (0, 0))) for flip in (False, True)}
+    shifts = set()
+    for seed in range(200):
+        shown = view(image, 40, crop="pad", rng=rng(seed))
+        places = [
+            (flip, top, left)
+            for flip in framed
+            for top in range(11)
+            for left in range(11)
+            if (framed[flip][top : top + 40, left : left + 40] == shown).all()
+        ]
+        assert len(places) == 1
+        mirrored += places[0][0]
+        shifts.add(places[0][1:])
+    assert 70 < mirrored < 130 and len(shifts) > 60
+    assert {top for top, _ in shifts} == {left for _, left in shifts} == set(range(11))
 
 
 def test_dihedral_views_are_near_one_of_the_eight_symmetries_and_all_eight_occur():

@@ -420,6 +420,9 @@ def test_int8_keeps_its_accuracy_and_says_what_stayed_in_floating_point(model, s
     assert sum("linear" in name for name in made.card.floats) == 5  # two squeeze-excites of two, and the classifier
     scales = {tuple(node.input_value(1).get_shape()) for node in rounded}
     assert (1, 1, 1, 1) in scales or () in scales, "activations have one range per tensor"
+    for node in rounded:  # no zero point: from 0 or from -128/127 of the highest
+        low, high = (node.input_value(index).get_node().get_data() for index in (1, 2))
+        np.testing.assert_allclose(low, np.where(low == 0, 0, -high * 128 / 127), rtol=1e-5)
     constants = [node for node in graph.get_ordered_ops() if node.get_type_name() == "Constant"]
     types = {node.get_output_element_type(0) for node in constants}
     assert openvino.Type.i8 in types, "weights are stored in eight bits"
@@ -450,7 +453,7 @@ def test_a_layer_that_256_steps_cannot_hold_is_found_and_stays_in_floating_point
     trials = json.loads(made.log.read_text())["trials"]
     protected, culprits = trials[0]["floats"], list(made.card.floats[len(trials[0]["floats"]) :])
     assert not trials[0]["passed"] and trials[0]["drop_points"] > 0.3 >= trials[-1]["drop_points"]
-    assert [trial["ranges"] for trial in trials[:2]] == ["full", "clipped"]
+    assert [trial["ranges"] for trial in trials[:3]] == ["symmetric", "clipped", "asymmetric"]
     # stem, three of each mbconv, expand, project: the ninth convolution reads the spiked channel
     assert culprits[0] == "convolution_8/aten.convolution.default/Convolution"
     assert len(protected) + len(culprits) < trials[0]["layers"], "int8 is left"

@@ -4,9 +4,11 @@ Networks of this kind are known to collapse when everything is quantised (B0 fro
 ranges that 256 steps cannot resolve. So:
 
 - Weights have a scale per output channel, activations one range per tensor from real images, and biases are corrected
-  for what rounding adds on average (nncf). The range is what was seen; if the gate refuses that, one that clips the
-  tails of the histogram for the least error is tried, and the better of the two kept. Clipping first would be wrong:
-  ranges averaged over images cost Lite0 5.4 points on the photographs of the gate, full ones 0.7.
+  for what rounding adds on average (nncf). The range is what was seen, symmetric about zero: with a zero point OpenVINO
+  2026 leaves its newer kernels (brgconv) for older ones, and the file is slower than bfloat16 (docs/export.md). If the
+  gate refuses that, a range that clips the tails of the histogram for the least error is tried, then an asymmetric
+  one, and the best of the three is kept. Clipping first would be wrong: ranges averaged over images cost Lite0 5.4
+  points on the photographs of the gate, full ones 0.7.
 - From the start in floating point: the first convolution (three channels: nothing to gain), the classifier, and
   squeeze-excite (its matrix products are small, its gates multiply whole maps). SiLU, products with gates and sums of
   shortcuts have no eight-bit form in the graph at all.
@@ -33,7 +35,12 @@ from effnet.value import Value
 
 QUANTISABLE = ("Convolution", "GroupConvolution", "MatMul")
 SCAN_IMAGES = 16  # for the damage of each layer: a ranking, not a measurement
-RANGES = {"full": "MINMAX", "clipped": "HISTOGRAM"}  # of activations: nncf's names for how they are found
+# of activations, in the order of trial: nncf's names for where they lie, and for how they are found
+RANGES = {
+    "symmetric": ("PERFORMANCE", "MINMAX"),
+    "clipped": ("PERFORMANCE", "HISTOGRAM"),
+    "asymmetric": ("MIXED", "MINMAX"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,18 +145,20 @@ def always_float(model: Any) -> list[str]:
     return [node.get_friendly_name() for node in nodes if node is nodes[0] or node.get_type_name() == "MatMul"]
 
 
-def quantise(model: Any, images: np.ndarray, floats: Sequence[str], ranges: str = "full") -> Any:
+def quantise(model: Any, images: np.ndarray, floats: Sequence[str], ranges: str = "symmetric") -> Any:
     """A copy of `model` with every layer but `floats` in int8, calibrated on prepared `images`; `ranges`: `RANGES`."""
     nncf, estimators = packages()
-    found = getattr(estimators.RangeEstimatorParametersSet, RANGES[ranges])
+    preset, found = RANGES[ranges]
     with quietly(), contextlib.redirect_stdout(io.StringIO()):  # nncf draws progress bars
         return nncf.quantize(
             model.clone(),
             nncf.Dataset([image[None] for image in images]),
-            preset=nncf.QuantizationPreset.MIXED,  # activations need not be symmetric about zero: SiLU's are not
+            preset=getattr(nncf.QuantizationPreset, preset),
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=list(floats)) if floats else None,
-            advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=found),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_range_estimator_params=getattr(estimators.RangeEstimatorParametersSet, found)
+            ),
         )
 
 
