@@ -32,7 +32,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from effnet.pixels import resampling
+from effnet.pixels import scaled
 from effnet.spec import Interpolation, Preprocess
 from effnet.value import UsageError, check_choice, check_range
 
@@ -367,7 +367,7 @@ def prepare(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
 
     Of an image more than `LONGEST` times as long as it is wide, the middle stands for the whole.
     """
-    size, filter = preprocess.size, resampling(preprocess.interpolation)
+    size = preprocess.size
     image = _not_too_long(image)
     height, width = image.shape[:2]
     if preprocess.method == "crop_resize":
@@ -376,12 +376,11 @@ def prepare(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
         top, left = (height - side + 1) // 2, (width - side + 1) // 2
         return _resize_tf1(image[top : top + side, left : left + side], size, preprocess.interpolation)
     if preprocess.method == "squash":
-        return np.array(Image.fromarray(image).resize((size, size), filter))
+        return scaled(image, size, size, preprocess.interpolation)
     shorter = min(height, width)
     width, height = (int(preprocess.resize * side / shorter) for side in (width, height))
     left, top = (round((side - size) / 2) for side in (width, height))  # halves to even, as torchvision
-    resized = Image.fromarray(image).resize((width, height), filter)
-    return np.array(resized.crop((left, top, left + size, top + size)))
+    return scaled(image, width, height, preprocess.interpolation, (left, top, size, size))
 
 
 def _not_too_long(image: np.ndarray) -> np.ndarray:

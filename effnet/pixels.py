@@ -1,4 +1,4 @@
-"""Which operators on uint8 pictures are worth writing ourselves? Those between a decoded image and a training view.
+"""Which operators on uint8 pictures are worth writing ourselves? Those between a decoded image and a view of it.
 
 Pictures are uint8 (H, W, 3) numpy arrays. Where there is a C++ compiler the operators are those of `native/pixels.cpp`,
 else Pillow's; on x86-64 both give the same bytes (`tests/test_pixels.py`), so a run does not depend on which of them
@@ -17,6 +17,8 @@ from effnet.spec import Interpolation
 FILL = (128, 128, 128)  # what geometric operations uncover (official code)
 _FIXED = 1 << 16
 Box = tuple[float, float, float, float]
+Sides = tuple[int, int]
+Window = tuple[int, int, int, int]
 Matrix = tuple[float, float, float, float, float, float]
 
 
@@ -40,16 +42,44 @@ def resized(
         whole = Image.fromarray(image)
         picture = whole.resize((size_px, size_px), resampling(interpolation), box, reducing_gap=2.0)
         return _mirrored(picture, flip)
+    return _two_passes(image, box or (0, 0, width, height), (size_px, size_px), None, interpolation, flip)
+
+
+def scaled(
+    image: np.ndarray, width: int, height: int, interpolation: Interpolation, window: Window | None = None
+) -> np.ndarray:
+    """All of `image` at (height, width), and of that the `window` (left, top, width, height; all of it when None).
+
+    Antialiased, with every pixel of the image weighed; what lies outside the window is not computed.
+    """
+    box = (0.0, 0.0, float(image.shape[1]), float(image.shape[0]))
+    return _two_passes(image, box, (width, height), window, interpolation, flip=False)
+
+
+def _two_passes(
+    image: np.ndarray, box: Box, whole: Sides, window: Window | None, interpolation: Interpolation, flip: bool
+) -> np.ndarray:
+    """`box` of `image` at `whole` (width, height), of that the `window`; rows first, always.
+
+    Pillow 13 chooses the order of its two passes by the shape, Pillow 12 and what was built on it do not.
+    """
+    height, width = image.shape[:2]
+    left, top, right, bottom = box
+    window = window or (0, 0, *whole)
     library = native.picture_library()
-    if library is None or image.strides[1:] != (3, 1):
-        # rows first, always: Pillow 13 chooses the order of its two passes by the shape, Pillow 12 does not
-        rows = Image.fromarray(image).resize((size_px, height), resampling(interpolation), (left, 0, right, height))
-        picture = rows.resize((size_px, size_px), resampling(interpolation), (0, top, size_px, bottom))
-        return _mirrored(picture, flip)
-    out = np.empty((size_px, size_px, 3), np.uint8)
-    corners = (ctypes.c_float * 4)(left, top, right, bottom)
+    if library is None or image.strides[1:] != (3, 1) or interpolation not in ("bilinear", "bicubic"):
+        filter = resampling(interpolation)
+        rows = Image.fromarray(image).resize((whole[0], height), filter, (left, 0, right, height))
+        picture = rows.resize(whole, filter, (0, top, whole[0], bottom))
+        column, line = window[:2]
+        return _mirrored(picture.crop((column, line, column + window[2], line + window[3])), flip)
+    out = np.empty((window[3], window[2], 3), np.uint8)
+    corners = (ctypes.c_float * 4)(*box)
     cubic = interpolation == "bicubic"
-    library.effnet_resize(_at(image), image.strides[0], width, height, corners, _at(out), size_px, cubic, flip)
+    library.effnet_resize(
+        _at(image), image.strides[0], width, height, corners,
+        (ctypes.c_int * 2)(*whole), (ctypes.c_int * 4)(*window), _at(out), cubic, flip,
+    )  # fmt: skip
     return out
 
 

@@ -85,6 +85,39 @@ def test_where_pillow_takes_rows_first_its_single_call_gives_the_same_bytes(side
         same(pixels.resized(image, 224, interpolation), np.asarray(expected))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    height=SIDES,
+    width=SIDES,
+    whole=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    interpolation=st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos"]),
+    corners=st.lists(st.floats(0, 1), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_a_window_of_a_scaled_picture_is_pillows_cut_out_of_the_whole(
+    height, width, whole, interpolation: Interpolation, corners, seed
+):
+    image = noise(height, width, seed)
+    filter = pixels.resampling(interpolation)
+    rows = Image.fromarray(image).resize((whole[0], height), filter)
+    expected = np.asarray(rows.resize(whole, filter))
+    same(pixels.scaled(image, *whole, interpolation), expected)
+    (left, right), (top, bottom) = (
+        (int(low * (side - 1)), int(high * (side - 1)) + 1)
+        for side, (low, high) in zip(whole, (sorted(corners[:2]), sorted(corners[2:])), strict=True)
+    )
+    window = (left, top, right - left, bottom - top)
+    same(pixels.scaled(image, *whole, interpolation, window), expected[top:bottom, left:right])
+
+
+def test_a_photograph_much_larger_than_its_view_weighs_every_pixel():
+    image = noise(1500, 2100)
+    expected = (
+        Image.fromarray(image).resize((64, 1500), Image.Resampling.BICUBIC).resize((64, 46), Image.Resampling.BICUBIC)
+    )
+    same(pixels.scaled(image, 64, 46, "bicubic"), np.asarray(expected))
+
+
 def test_a_part_of_a_picture_is_resized_without_being_copied_and_without_its_surroundings():
     image = noise(120, 150)
     part = image[10:90, 33:121]

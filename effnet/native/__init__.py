@@ -36,7 +36,7 @@ FUNCTIONS = {
         ("rmsprop", "pipi"),
     ),
     "pixels": (
-        ("resize", "pliippiii"),
+        ("resize", "pliippppii"),
         ("look_up", "pppl"),
         ("histogram", "plp"),
         ("luma_sum", "plp"),

@@ -1,4 +1,4 @@
-// Operators on uint8 pictures (rows of RGB) that a training view needs: resampling, tables, nearest-pixel maps, blends.
+// Operators on uint8 pictures (rows of RGB) that a view needs: resampling, tables, nearest-pixel maps, blends.
 //
 // Every one gives the very bytes that Pillow gives on x86-64 (fixed-point weights, float blends, the same roundings):
 // with and without a compiler a sample looks the same. Written with the compiler's vector extension, 16 lanes.
@@ -57,13 +57,15 @@ double bicubic(double x) {  // Keys, a = -1/2
 struct Weights {  // of each output: `count` inputs from `first` on, at `at` in `values`
   std::vector<int> first, count, at, values;
 
-  // [low, high) of `length` inputs becomes `size` outputs; the filter widens when the picture shrinks.
-  Weights(int length, float low, float high, int size, bool cubic) : first(size), count(size), at(size) {
-    const double scale = (double)(high - low) / size, wide = scale < 1 ? 1 : scale;
+  // [low, high) of `length` inputs becomes `whole` outputs, and of these `size` from `start` on are wanted; the filter
+  // widens when the picture shrinks.
+  Weights(int length, float low, float high, int whole, int start, int size, bool cubic)
+      : first(size), count(size), at(size) {
+    const double scale = (double)(high - low) / whole, wide = scale < 1 ? 1 : scale;
     const double reach = (cubic ? 2.0 : 1.0) * wide, inverse = 1.0 / wide;
     std::vector<double> exact;
     for (int i = 0; i < size; ++i) {
-      const double center = low + (i + 0.5) * scale;
+      const double center = low + (start + i + 0.5) * scale;
       int from = (int)(center - reach + 0.5), to = (int)(center + reach + 0.5);
       if (from < 0) from = 0;
       if (to > length) to = length;
@@ -122,10 +124,14 @@ struct Bytes {  // scratch memory that one thread keeps from picture to picture,
   }
 };
 
-int resize(const u8* in, long stride, int width, int height, const float* box, u8* out, int size, int cubic, int flip) {
-  const Weights across(width, box[0], box[2], size, cubic), down(height, box[1], box[3], size, cubic);
-  const int top = down.first[0], bottom = down.first[size - 1] + down.count[size - 1];
-  const int length = size * 3, padded = (length + 63) / 64 * 64;
+// `box` (left, top, right, bottom) of the picture at whole[0] x whole[1]; of that `window` (left, top, width, height).
+int resize(const u8* in, long stride, int width, int height, const float* box, const int* whole, const int* window,
+           u8* out, int cubic, int flip) {
+  const int columns = window[2], lines = window[3];
+  const Weights across(width, box[0], box[2], whole[0], window[0], columns, cubic);
+  const Weights down(height, box[1], box[3], whole[1], window[1], lines, cubic);
+  const int top = down.first[0], bottom = down.first[lines - 1] + down.count[lines - 1];
+  const int length = columns * 3, padded = (length + 63) / 64 * 64;
   static thread_local Bytes kept_rows, kept_band, kept_done;
   u8* const rows = kept_rows.room((size_t)(bottom - top + L) * padded);  // after the first pass
   u8* const band = kept_band.room((size_t)(width * 3 + L) * L);
@@ -133,16 +139,16 @@ int resize(const u8* in, long stride, int width, int height, const float* box, u
   for (int y = top; y < bottom; y += L) {
     const u8* sources[L];
     for (int r = 0; r < L; ++r) sources[r] = in + (y + r < bottom ? y + r : bottom - 1) * stride;
-    const int from = across.first[0], to = across.first[size - 1] + across.count[size - 1];
+    const int from = across.first[0], to = across.first[columns - 1] + across.count[columns - 1];
     for (int r = 0; r < L; ++r) sources[r] += from * 3;
     to_columns(sources, (to - from) * 3, band);
-    for (int i = 0; i < size; ++i) {
+    for (int i = 0; i < columns; ++i) {
       const int* w = &across.values[across.at[i]];
       const u8* column = &band[(size_t)(across.first[i] - from) * 3 * L];
       ivec sum[3] = {ivec{} + (1 << (BITS - 1)), ivec{} + (1 << (BITS - 1)), ivec{} + (1 << (BITS - 1))};
       for (int k = 0; k < across.count[i]; ++k, column += 3 * L)
         for (int c = 0; c < 3; ++c) sum[c] += widened(bytes(column + c * L)) * w[k];
-      u8* to_column = &done[(size_t)(flip ? size - 1 - i : i) * 3 * L];
+      u8* to_column = &done[(size_t)(flip ? columns - 1 - i : i) * 3 * L];
       for (int c = 0; c < 3; ++c) *(bvec*)(to_column + c * L) = narrowed(sum[c] >> BITS);
     }
     for (int c = 0; c < length; c += L) {
@@ -152,7 +158,7 @@ int resize(const u8* in, long stride, int width, int height, const float* box, u
       for (int r = 0; r < L; ++r) *(bvec*)&rows[(size_t)(y - top + r) * padded + c] = m[r];
     }
   }
-  for (int i = 0; i < size; ++i) {
+  for (int i = 0; i < lines; ++i) {
     const int* w = &down.values[down.at[i]];
     const u8* first = &rows[(size_t)(down.first[i] - top) * padded];
     for (int c = 0; c < length; c += 4 * L) {
@@ -329,9 +335,9 @@ void move(const u8* in, u8* out, int width, int height, const int* m, const u8* 
 
 extern "C" {
 
-int effnet_resize(const u8* in, long stride, int width, int height, const float* box, u8* out, int size, int cubic,
-                  int flip) {
-  return resize(in, stride, width, height, box, out, size, cubic, flip);
+int effnet_resize(const u8* in, long stride, int width, int height, const float* box, const int* whole,
+                  const int* window, u8* out, int cubic, int flip) {
+  return resize(in, stride, width, height, box, whole, window, out, cubic, flip);
 }
 
 int effnet_look_up(const u8* in, u8* out, const u8* table, long bytes) { return look_up(in, out, table, bytes), 0; }
