@@ -403,11 +403,13 @@ template <class F> inline void tiles(const Part& part, int C, F body) {
 
 inline void add(float* sums, vec more, int lanes) { store(sums, load(sums, lanes) + more, lanes); }
 
-// The sum over rows [first, last) of `parts` (rows, C), in order and in double precision.
-inline double added(const std::vector<float>& parts, int first, int last, int C, int c) {
-  double sum = 0;
-  for (int p = first; p < last; ++p) sum += parts[(size_t)p * C + c];
-  return sum;
+// The sums over rows [first, last) of `parts` (rows, C), one for each channel: in order and in double precision. Row by
+// row, as memory lies: column by column these few numbers took as long as a small map.
+std::vector<double> added(const std::vector<float>& parts, int first, int last, int C) {
+  std::vector<double> sums(C, 0.);
+  for (int p = first; p < last; ++p)
+    for (int c = 0; c < C; ++c) sums[c] += parts[(size_t)p * C + c];
+  return sums;
 }
 
 // mean, variance (biased) of each channel of x. Sums run over x - origin, origin being the first pixel, so that a mean
@@ -431,10 +433,11 @@ template <class T> void moments(const T* x, float* mean, float* variance, Map s,
       add(square + c, b, lanes);
     });
   }
+  const auto total = added(sums, 0, parts, C), total_square = added(squares, 0, parts, C);
   for (int c = 0; c < C; ++c) {
     float origin[L];
     store(origin, load(x + c, 1));
-    const double shifted = added(sums, 0, parts, C, c) / M, spread = added(squares, 0, parts, C, c) / M - shifted * shifted;
+    const double shifted = total[c] / M, spread = total_square[c] / M - shifted * shifted;
     mean[c] = (float)(origin[0] + shifted);
     variance[c] = (float)(spread > 0 ? spread : 0);
   }
@@ -470,9 +473,10 @@ void norm_forward(const T* x, const float* scale, const float* shift, T* y, floa
     else
       rows(part, C, [=](long m, int c, int lanes) { store(y + m * C + c, value(m, c, lanes), lanes); });
   }
-  for (int n = 0; pooled && n < s.N; ++n)
-    for (int c = 0; c < C; ++c)
-      pooled[(size_t)n * C + c] = (float)(added(sums, n * s.cuts(), (n + 1) * s.cuts(), C, c) / s.HW);
+  for (int n = 0; pooled && n < s.N; ++n) {
+    const auto total = added(sums, n * s.cuts(), (n + 1) * s.cuts(), C);
+    for (int c = 0; c < C; ++c) pooled[(size_t)n * C + c] = (float)(total[c] / s.HW);
+  }
 }
 
 // With xhat = (x - mean) * rstd, z = xhat * weight + bias = x * scale + shift and dz = (dy + dpooled / HW) * act'(z):
@@ -507,8 +511,9 @@ void norm_backward(const T* dy, const float* dpooled, const T* x, const float* m
   // dx = scale * dz + times * x + plus
   std::vector<float> scales(C), shifts(C), times(C), plus(C);
   const double one = 1. / ((double)s.N * s.HW);
+  const auto totals = added(sums, 0, parts, C), total_products = added(products, 0, parts, C);
   for (int c = 0; c < C; ++c) {
-    const double total = added(sums, 0, parts, C, c), product = added(products, 0, parts, C, c);
+    const double total = totals[c], product = total_products[c];
     dbias[c] = (float)total;
     dweight[c] = (float)product;
     const double scale = (double)weight[c] * rstd[c], center = mean[c];
@@ -572,9 +577,10 @@ void gate_backward(const T* dy, const T* x, const float* gate, T* dx, float* dga
       add(sum + c, a, lanes);
     });
   }
-  for (int n = 0; n < s.N; ++n)
-    for (int c = 0; c < C; ++c)
-      dgate[(size_t)n * C + c] = (float)added(sums, n * s.cuts(), (n + 1) * s.cuts(), C, c);
+  for (int n = 0; n < s.N; ++n) {
+    const auto total = added(sums, n * s.cuts(), (n + 1) * s.cuts(), C);
+    for (int c = 0; c < C; ++c) dgate[(size_t)n * C + c] = (float)total[c];
+  }
 }
 
 }  // namespace
