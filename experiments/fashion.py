@@ -115,7 +115,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     """The runs that are not in the results yet."""
-    done = [{key: row[key] for key in KEYS} for row in read(args.results)]
+    made = network(args.macs).to_dict()  # rows of another baseline or recipe stay, and are not these runs
+    done = [{key: row[key] for key in KEYS} for row in read(args.results) if row["network"] == made]
     jobs = [{"macs_limit": args.macs, "epochs": args.epochs, "seed": seed} for seed in args.seeds]
     in_processes(__file__, [job for job in jobs if job not in done], args.results, args.jobs, words=said)
 

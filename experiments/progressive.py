@@ -153,28 +153,44 @@ def score(metrics: dict[str, float]) -> float:
     return metrics.get("weighted_accuracy", metrics["accuracy"])
 
 
-def grouped(found: list[dict[str, Any]]) -> dict[tuple, dict[str, dict[int, dict[str, Any]]]]:
-    """Runs by (data, epochs, sizes), then by arm and seed."""
-    groups: dict[tuple, dict[str, dict[int, dict[str, Any]]]] = {}
+Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]  # by (arm, epochs), then by seed
+
+
+def grouped(found: list[dict[str, Any]]) -> list[tuple[str, tuple[int, int], Runs, int]]:
+    """(data, sizes, runs, epochs of the fixed size that they are compared with: the longest), a group for each set."""
+    groups: dict[tuple, Runs] = {}
     for row in found:
-        setting = (row["data"], row["epochs"], tuple(row["sizes"]))
-        groups.setdefault(setting, {}).setdefault(row["arm"], {})[row["seed"]] = row
-    return groups
+        runs = groups.setdefault((row["data"], tuple(row["sizes"])), {})
+        runs.setdefault((row["arm"], row["epochs"]), {})[row["seed"]] = row
+    return [
+        (data, sizes, runs, max((epochs for arm, epochs in runs if arm == "fixed"), default=0))
+        for (data, sizes), runs in sorted(groups.items())
+    ]
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Markdown: accuracy, time and pixels of each arm, and its difference to fixed size, paired by seed."""
-    heads = ["data", "arm", "seeds", "test accuracy in %", "minus fixed", "", "time of fixed's", "pixels of fixed's"]
+    heads = [
+        "data",
+        "arm",
+        "epochs",
+        "seeds",
+        "test accuracy in %",
+        "minus fixed",
+        "",
+        "time of fixed's",
+        "pixels of fixed's",
+    ]
     rows = []
-    for (data, epochs, sizes), arms in sorted(grouped(found).items()):
-        for arm in (arm for arm in ARMS if arm in arms):
-            seeds, fixed = arms[arm], arms.get("fixed", {})
-            both = sorted(seeds.keys() & fixed.keys()) if arm != "fixed" else []
+    for data, sizes, runs, full in grouped(found):
+        fixed = runs.get(("fixed", full), {})
+        for (arm, epochs), seeds in sorted(runs.items(), key=lambda item: (ARMS.index(item[0][0]), item[0][1])):
+            both = sorted(seeds.keys() & fixed.keys()) if seeds is not fixed else []
             ends = [(seeds[seed]["curve"][-1], fixed[seed]["curve"][-1]) for seed in both]
             differences, verdict = paired(
                 [100 * (score(seeds[seed]["test"]) - score(fixed[seed]["test"])) for seed in both]
             )
-            cells = [f"{data}, {epochs} epochs, {sizes[0]} to {sizes[1]} px", arm, len(seeds)]
+            cells = [f"{data}, {sizes[0]} to {sizes[1]} px", arm, epochs, len(seeds)]
             cells += [interval([100 * score(row["test"]) for row in seeds.values()]), differences, verdict]
             for unit in ("seconds", "pixels"):
                 cells.append(
@@ -185,19 +201,27 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def figure(found: list[dict[str, Any]], path: Path) -> None:
-    """Validation accuracy against seconds of training, a line for every run."""
+    """Validation accuracy against seconds of training, a line for every run that is no longer than fixed size's."""
     from matplotlib.figure import Figure
 
     from effnet.plots import INK
 
-    groups = sorted(grouped(found).items())
+    groups = grouped(found)
     made = Figure(figsize=(4.6 * len(groups), 3.2), layout="constrained")
-    for axes, ((data, epochs, _), arms) in zip(made.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        for arm, colour in zip(ARMS, ("#2f7fd1", "#b8860b", "#d1495b"), strict=True):
-            for number, row in enumerate(arms.get(arm, {}).values()):
+    colours = dict(zip(ARMS, ("#2f7fd1", "#b8860b", "#d1495b"), strict=True))
+    for axes, (data, _, runs, full) in zip(made.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for (arm, epochs), seeds in sorted(runs.items()):
+            for number, row in enumerate(seeds.values() if epochs <= full else ()):
                 points = [(point["seconds"], 100 * score(point["val"])) for point in row["curve"]]
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=None if number else arm)
-        axes.set_title(f"{data}, {epochs} epochs", fontsize=9, color=INK)
+                style, label = ("-", arm) if epochs == full else (":", f"{arm}, {epochs} epochs")
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    color=colours[arm],
+                    linewidth=1.2,
+                    label=None if number else label,
+                )
+        axes.set_title(f"{data}, {full} epochs", fontsize=9, color=INK)
         axes.set_xlabel("seconds of training", fontsize=8, color=INK)
         axes.set_ylabel("validation accuracy in %", fontsize=8, color=INK)
         axes.tick_params(colors=INK, labelsize=7)
