@@ -13,7 +13,12 @@ from effnet.value import UsageError
 BACKEND = "eager, compiled, onnxruntime, openvino or aoti; may be given several times. Default: eager."
 
 
+# what --table and --table4 say themselves, beside --backend, --precision and --json
+OF_MODELS = {"batch": "--batch", "size": "--size", "fold": "--fold", "rounds": "--rounds", "start": "--start"}
+
+
 def bench(
+    context: typer.Context,
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL...", help=arguments.MODEL)] = None,
     backend: Annotated[list[str] | None, typer.Option(metavar="B", help=BACKEND)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
@@ -41,6 +46,12 @@ def bench(
             "name models (MODEL...), or measure the table of this machine (--table), or the paper's pairs (--table4): "
             "one of them."
         )
+    given = [word for name, word in OF_MODELS.items() if _said(context, name)]
+    if table4 and _said(context, "threads"):
+        given.append("--threads")
+    if given and not models:
+        protocol = "--table4 (batch 1, one core, 20 runs, each network at its own size)" if table4 else "--table"
+        raise UsageError(f"{protocol} says that itself: leave out {', '.join(given)}, or name models.")
     if table:
         _bench_table(precision, threads, backend or [], as_json)
         return
@@ -56,6 +67,11 @@ def bench(
             fold=fold, rounds=rounds, start=start, progress=progress,
         )  # fmt: skip
     answer(_document(found), as_json, lambda: display.show_bench(display.console(), found, batch))
+
+
+def _said(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _document(found: Any) -> dict[str, Any]:

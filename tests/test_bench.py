@@ -420,3 +420,16 @@ def test_the_papers_table_4_is_timed_pair_by_pair_beside_what_it_prints(monkeypa
     assert paper.ratio == pytest.approx(0.554 / 0.098, abs=0.06)  # the two latencies that the paper prints
     shown = run("bench", "--table4", "--precision", "bfloat16").out
     assert "not printed" in shown and "Table 4, bfloat16" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--table4", "--size", "64"), "--size"),
+        (("--table4", "--batch", "1", "--threads", "2"), "--batch, --threads"),
+        (("--table", "--rounds", "3"), "--rounds"),
+    ],
+)
+def test_what_a_protocol_says_itself_is_refused(words: tuple[str, ...], said: str) -> None:
+    refused = run("bench", *words)
+    assert refused.code == 2 and f"leave out {said}, or name models" in refused.err
