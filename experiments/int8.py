@@ -304,12 +304,22 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """The table in Markdown."""
+    """What is lost, and how long an image takes, in Markdown."""
     print("| model | float32 | arm | accuracy | points lost | same top-1 | layers in floating point |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     judged_rows = [row for row in rows(args.results) if "accuracy" in row]
     for row in sorted(judged_rows, key=lambda row: (row["model"], list(MAKERS).index(row["arm"]))):
         print(line(row))
+    print("\n| model | " + " | ".join(MAKERS) + " | int8 / bfloat16 | others' share of the CPU |")
+    print("| --- " * (len(MAKERS) + 3) + "|")
+    timed = {row["model"]: row["latency"] for row in rows(args.results) if "latency" in row}  # the last of each
+    for model, found in sorted(timed.items()):
+        ms = {one["name"]: one["value"] for one in found["measurements"]}
+        cells = [f"{ms[arm]:.2f} ms" for arm in MAKERS] + [
+            f"{ms['int8'] / ms['bfloat16']:.2f}",
+            f"{found['others']:.0%}",
+        ]
+        print(f"| {model} | {' | '.join(cells)} |")
 
 
 def main() -> None:
