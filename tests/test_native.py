@@ -229,3 +229,30 @@ def test_the_step_of_rmsprop_is_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     model(normal(2, 3, 64, 64)).sum().backward()
     monkeypatch.setattr(torch, "_foreach_sqrt_", lambda *_: pytest.fail("not compiled"))
     RMSProp(model.parameters(), lr=0.1).step()
+
+
+HEAP = r"""
+import ctypes, re
+from pathlib import Path
+from effnet import native
+
+def resident():
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+before = resident()
+assert native.keep_freed_memory() and native.keep_freed_memory()
+assert resident() - before < 20e6, "addresses only"
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+middle = libc.malloc(ctypes.c_size_t(50_000_000)) + 25_000_000
+for area in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+    low, high = (int(x, 16) for x in area.split(" ", 1)[0].split("-"))
+    if low <= middle < high:
+        print("advised" if re.search(r"VmFlags:.* hg\b", area) else area)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_what_training_allocates_is_advised_huge_pages_and_nothing_is_taken_beforehand():
+    run = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert run.stdout == "advised\n"

@@ -1,8 +1,10 @@
 """How fast is a training step beside timm's, and how much memory does it take?
 
 For each of the three settings the step of the same network, batch and optimizer (TensorFlow-style RMSProp, momentum
-0.9) is timed in one process, the variants interleaved A B C C B A, so that a change of the machine's speed hits all;
-a ratio is the median of the rounds' ratios. Images are random, never zero; denormals are flushed for all.
+0.9) is timed. Each variant has a process of its own, set up as that library sets up its training (`effnet train` keeps
+freed memory, `native.keep_freed_memory`); one works at a time, interleaved A B C C B A, so that a change of the
+machine's speed hits all. A visit is a step that does not count and the median of three; a ratio is the median of the
+visits' ratios. Images are random, never zero; denormals are flushed for all.
 
     timm float32            timm 1.0.31 as it comes: eager, contiguous, its RMSpropTF
     timm float32 cl         the same, channels last
@@ -11,7 +13,7 @@ a ratio is the median of the rounds' ratios. Images are random, never zero; deno
     effnet bfloat16         the same under autocast: what `effnet train` chooses on a CPU with AMX
     effnet bfloat16 plain   without a compiler (EFFNET_NATIVE=0)
 
-Peak memory is that of a process of its own that makes three steps (the high-water mark of resident memory).
+Peak memory is the high-water mark of resident memory of each process.
 
 Run in the peers' environment (README.md beside this file), on a machine that does nothing else, from the root:
 
@@ -57,6 +59,8 @@ VARIANTS = (
 )
 
 
+STEPS = 3  # of a visit that count
+
 operators = functools.cache(torchvision_operators)  # defined once, and kept
 
 
@@ -93,29 +97,63 @@ def stepper(variant: str, setting: str) -> Callable[[], float]:
     return step
 
 
-def timed(setting: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, by variant: after two steps that do not count, one of each in both directions per round."""
-    steps = {variant: stepper(variant, setting) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for step in steps.values():
-        step(), step()
+class Variant:
+    """A process that makes one step for each line it is sent, and says how many seconds it took."""
+
+    def __init__(self, variant: str, setting: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.peers.training", "--serve", variant, "--settings", setting]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.said()  # two steps are done
+
+    def said(self) -> float:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a variant has ended; its reason stands above")
+        return float(line)
+
+    def step(self) -> float:
+        assert self.process.stdin is not None
+        print("step", file=self.process.stdin, flush=True)
+        return self.said()
+
+    def close(self) -> int:
+        """Ends it; the high-water mark of its memory in bytes."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        peak = int(self.said())
+        self.process.wait()
+        return peak
+
+
+def serve(variant: str, setting: str) -> None:
+    """What a `Variant` runs."""
+    if variant.startswith("effnet"):
+        native.keep_freed_memory()  # as `effnet train` does
+    step = stepper(variant, setting)
+    step(), step()
+    print(0, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)
+    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child inherits from its parent
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]), flush=True)
+
+
+def measured(setting: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per step and peak bytes, by variant: each is visited twice per round, in order and in reverse."""
+    variants = {name: Variant(name, setting) for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
-        for variant in (*VARIANTS, *reversed(VARIANTS)):
-            start = time.perf_counter()
-            steps[variant]()
-            seconds[variant].append(time.perf_counter() - start)
-    return seconds
-
-
-def peak_bytes(variant: str, setting: str) -> int:
-    """High-water mark of a fresh process that makes three steps."""
-    command = [sys.executable, "-m", "benchmarks.peers.training", "--peak", variant, "--settings", setting]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return int(run.stdout.splitlines()[-1])
+        for name in (*VARIANTS, *reversed(VARIANTS)):
+            variants[name].step()  # finds the caches full of another's data
+            seconds[name].append(statistics.median(variants[name].step() for _ in range(STEPS)))
+    return seconds, {name: variant.close() for name, variant in variants.items()}
 
 
 def row(setting: str, rounds: int) -> dict:
-    seconds = timed(setting, rounds)
+    seconds, peaks = measured(setting, rounds)
     base = seconds["timm float32"]
     batch = SETTINGS[setting][3]
     found = {"setting": setting, "goal": SETTINGS[setting][4], "batch": batch, "size_px": SETTINGS[setting][2]}
@@ -123,7 +161,7 @@ def row(setting: str, rounds: int) -> dict:
         variant: {
             "images_per_s": batch / statistics.median(times),
             "times_timm_float32": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-            "peak_bytes": peak_bytes(variant, setting),
+            "peak_bytes": peaks[variant],
         }
         for variant, times in seconds.items()
     }
@@ -135,17 +173,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "training_peers.json")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    if args.peak:
-        if args.peak.startswith("effnet"):
-            native.keep_freed_memory()  # as `effnet train` does
-        step = stepper(args.peak, args.settings[0])
-        for _ in range(3):
-            step()
-        status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child inherits from its parent
-        print(1024 * int(status.split("VmHWM:")[1].split()[0]))
+    if args.serve:
+        serve(args.serve, args.settings[0])
         return
     rows = []
     for setting in args.settings:
