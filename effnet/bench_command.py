@@ -14,7 +14,7 @@ BACKEND = "eager, compiled, onnxruntime, openvino or aoti; may be given several 
 
 
 # what --table and --table4 say themselves, beside --backend, --precision and --json
-OF_MODELS = {"batch": "--batch", "size": "--size", "fold": "--fold", "rounds": "--rounds", "start": "--start"}
+OF_MODELS = ("batch", "size", "fold", "rounds", "start")
 
 
 def bench(
@@ -46,9 +46,8 @@ def bench(
             "name models (MODEL...), or measure the table of this machine (--table), or the paper's pairs (--table4): "
             "one of them."
         )
-    given = [word for name, word in OF_MODELS.items() if _said(context, name)]
-    if table4 and _said(context, "threads"):
-        given.append("--threads")
+    fixed = (*OF_MODELS, "threads") if table4 else OF_MODELS
+    given = [f"--{name}" for name in fixed if _said(context, name)]
     if given and not models:
         protocol = "--table4 (batch 1, one core, 20 runs, each network at its own size)" if table4 else "--table"
         raise UsageError(f"{protocol} says that itself: leave out {', '.join(given)}, or name models.")

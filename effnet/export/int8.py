@@ -5,7 +5,7 @@ ranges that 256 steps cannot resolve. So:
 
 - Weights have a scale per output channel, activations one range per tensor from real images, and biases are corrected
   for what rounding adds on average (nncf). The range is what was seen, symmetric about zero: with a zero point OpenVINO
-  2026 leaves its newer kernels (brgconv) for older ones, and the file is slower than bfloat16 (docs/export.md). If the
+  2026 leaves its newer kernels (brgconv) for older ones, and Lite0 and B0 were slower than in bfloat16. If the
   gate refuses that, a range that clips the tails of the histogram for the least error is tried, then an asymmetric
   one, and the best of the three is kept. Clipping first would be wrong: ranges averaged over images cost Lite0 5.4
   points on the photographs of the gate, full ones 0.7.

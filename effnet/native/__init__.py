@@ -145,14 +145,13 @@ def _typed(library: ctypes.CDLL, name: str) -> ctypes.CDLL:
 
 
 @functools.cache
-@functools.cache
 def keep_freed_memory() -> bool:
     """Tells the C library to keep large freed blocks for the next allocation, and to have them in huge pages.
 
     A training step allocates and frees maps of tens of megabytes; glibc maps and unmaps each, and the kernel clears
-    every page anew. Measured 2026-11-22: writing a new map of 77 MB took 45 ms, and 10 ms with the memory kept. Where
-    the kernel gives huge pages to who asks (transparent_hugepage: madvise), pages of 4 kB made a step of V2-S a quarter
-    slower in a virtual machine, whose tables are dear to walk: the heap is grown once by half of the machine's memory,
+    every page anew. Measured 2026-11-22: writing a new map of 77 MB took 45 ms, and 10 ms with the memory kept. In a
+    virtual machine, whose tables are dear to walk, a step of V2-S takes about a tenth less in huge pages, where the
+    kernel gives them to who asks (docs/training-speed.md): the heap is grown once by half of the machine's memory,
     untouched, and the kernel is asked. What is freed stays with the process until it ends. True where it worked (glibc
     only).
     """
