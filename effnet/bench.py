@@ -91,6 +91,20 @@ class Comparison(Value):
             return f"{self.second} against {self.first}: no difference can be told, {numbers}"
         return f"{self.second} is {self.verdict} than {self.first}: {numbers}"
 
+    @property
+    def upright(self) -> "Comparison":
+        """The same with the slower one second: a ratio of 1 or more."""
+        if self.ratio >= 1:
+            return self
+        low, high = self.spread
+        return self.replace(
+            first=self.second,
+            second=self.first,
+            ratio=1 / self.ratio,
+            spread=(1 / high, 1 / low),
+            verdict="slower" if self.verdict == "faster" else self.verdict,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Value):

@@ -402,7 +402,7 @@ def show_table4(out: Console, parts: "Mapping[tuple[str, LatencyPair], Measured]
     precision = next(iter(parts.values())).measurements[0].environment["precision"]
     made = table(f"Table 4, {precision}", ["pair", "backend"], ["ms", "ms", "ratio", "95 % interval", "published"])
     for (backend, pair), found in parts.items():
-        for one in found.comparisons:
+        for one in (comparison.upright for comparison in found.comparisons):
             low, high = one.spread
             times = [f"{found[name].value:.1f}" for name in (one.second, one.first)]
             printed = f"{pair.ratio:g}x" if pair.ratio else "not printed"

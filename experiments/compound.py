@@ -76,6 +76,7 @@ DATA: dict[str, dict[str, Any]] = {
         "images": 0,
         "crop": "resize",
     },
+    "elpv": {"source": "elpv", "classes": 2, "px": 64, "epochs": 20, "images": 0, "crop": "resize"},  # for searches.py
 }
 
 
@@ -480,7 +481,7 @@ def main() -> None:
     single = verbs.add_parser("one", help="one run, as JSON; its row is the last line printed")
     single.add_argument("job", type=json.loads)
     for sub in (grid, hunt):
-        sub.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+        sub.add_argument("--data", nargs="+", default=["fashion-mnist", "emoji"], choices=DATA)
         sub.add_argument("--baselines", nargs="+", default=list(BASELINES), choices=BASELINES)
         sub.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
         sub.add_argument("--budgets", nargs="+", type=int, default=list(BUDGETS))

@@ -2,7 +2,7 @@
 
 Claim     A search by short trainings finds good networks only if their order is that of longer trainings. MnasNet
           trains 5 epochs and EfficientNetV2 about 10 at reduced image size; neither reports how well that ranks.
-Protocol  For each space (v1 and v2, around the scaled-down B0 of search_v1.py) --count networks drawn at random within
+Protocol  For each space (v1 and v2, around the scaled-down B0 of searches.py) --count networks drawn at random within
           its MACs, no two alike. Each is trained from random weights with effnet.proxy.PROXY for every number of epochs
           of --short on 3,000 images, and for --long epochs on 6,000; accuracy on the validation images (as many). Seed
           0 for the short trainings; the long ones with another seed, so that agreement is not the seed's. Kendall's
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from compound import in_processes, read
-from search_v1 import DATA, baseline, same
+from searches import baseline, same
 
 from effnet.cost import cost
 from effnet.search.objectives import Objective
@@ -34,6 +34,7 @@ from effnet.spec import Network
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "search_rank.jsonl"
+DATA = "fashion-mnist"
 JOB = ("space", "key", "seed", "epochs", "images")
 
 
@@ -67,8 +68,12 @@ def run(args: argparse.Namespace) -> None:
     done = read(args.results)
     todo = [job for job in jobs(args) if not any(same(row, job, JOB) for row in done)]
     print(f"{len(todo)} trainings to do", flush=True)
-    words = {"data": DATA, "baseline": "", "way": "search_rank", "budget": 1}  # what in_processes prints of a job
-    in_processes(__file__, [job | words for job in todo], args.results, args.jobs)
+    in_processes(__file__, todo, args.results, args.jobs, said)
+
+
+def said(row: dict[str, Any]) -> str:
+    """A finished training in a line."""
+    return f"{row['space']} {row['epochs']} epochs: {100 * row['accuracy']:.2f} %, {row['seconds']} s"
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +86,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     splits = fewer(open_data(DATA, split_seed=0), job["images"])
     found = proxy(splits, PROXY.replace(crop="resize"), workers=0)(network, job["seed"], job["epochs"])
     seconds = round(time.perf_counter() - started, 1)
-    told = {"accuracy": found, "test": {"accuracy": found}, "macs": cost(network).macs, "seconds": seconds}
-    return job | told | {"environment": environment("cpu")}
+    return job | {"accuracy": found, "seconds": seconds, "environment": environment("cpu")}
 
 
 def tau(pairs: list[tuple[float, float]], epochs: tuple[int, int]) -> list[str]:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from effnet import backends, native, operators, published
 from effnet import bench as core
-from effnet.bench import Measured, bench, compare, controlled, measure, quantiles, ready, share_of_others
+from effnet.bench import Comparison, Measured, bench, compare, controlled, measure, quantiles, ready, share_of_others
 from effnet.engine import open_engine
 from effnet.latency import AXES, LatencyTable
 from effnet.layers import fold_norms
@@ -420,6 +420,13 @@ def test_the_papers_table_4_is_timed_pair_by_pair_beside_what_it_prints(monkeypa
     assert paper.ratio == pytest.approx(0.554 / 0.098, abs=0.06)  # the two latencies that the paper prints
     shown = run("bench", "--table4", "--precision", "bfloat16").out
     assert "not printed" in shown and "Table 4, bfloat16" in shown
+
+
+def test_a_comparison_upright_has_the_slower_one_second() -> None:
+    fields = {"rounds": 10, "p_value": 0.002}
+    quick = Comparison(first="b7", second="b0", ratio=0.02, spread=(0.016, 0.025), verdict="faster", **fields)
+    slow = Comparison(first="b0", second="b7", ratio=50.0, spread=(40.0, 62.5), verdict="slower", **fields)
+    assert quick.upright == slow and slow.upright is slow
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def pair(one: published.LatencyPair, size: int | None, precision: str, rounds: i
     works = {name: work(name, size or families.get(name).resolution, precision) for name in names}
     with controlled(threads=1):
         found = measure(works, rounds=rounds, calls=1, about={"batch": 1, "precision": precision, "library": "timm"})
-    for row in found.comparisons:
+    for row in (comparison.upright for comparison in found.comparisons):
         low, high = row.spread
         printed = f"{one.ratio:g}x" if one.ratio else "not printed"
         times = " / ".join(f"{found[name].value:.1f}" for name in (row.second, row.first))
