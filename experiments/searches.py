@@ -255,7 +255,7 @@ def main() -> None:
     hunt.add_argument("--data", choices=SEARCHED, default="fashion-mnist")
     hunt.add_argument("--strategy", default="evolution")
     hunt.add_argument("--search-seed", type=int, default=0)
-    hunt.add_argument("--trials", type=int, default=150)
+    hunt.add_argument("--trials", type=int, default=100)
     hunt.add_argument("--rungs", nargs="+", type=int)
     hunt.add_argument("--search-images", type=int)
     judge = verbs.add_parser("run", help="the baseline and all that was found, trained and judged on the test images")
