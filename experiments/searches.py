@@ -13,10 +13,12 @@ Protocol  Baseline: efficientnet_b0 with widths x 0.25 (multiples of 4) and laye
           Judged: the winners are trained from random weights with the recipe of compound.py, seeds 0 to 4, the
           last epoch on the test images, which no search saw. "training" has a second one: of its front the quickest to
           train that is at least as accurate as the baseline by the searching. Fashion-MNIST: 6,000 images, 8 epochs;
-          ELPV at 64 px: all images, 20 epochs, weighted accuracy. Differences and ratios of training time are paired
-          by seed, Student's t (95 %). "better" or "worse": the interval leaves out 0; "tie": it does not.
+          ELPV at 64 px: all images, 20 epochs, weighted accuracy. Differences are paired by seed, Student's t
+          (95 %). "better" or "worse": the interval leaves out 0; "tie": it does not. Times are over the baseline's:
+          all networks interleaved, one thread, float32; latency of one image, a training step of 64.
 Command   python experiments/searches.py search --goal macs|latency|training [--strategy random] [--data elpv]
-          python experiments/searches.py run --jobs 2; python experiments/searches.py table
+          python experiments/searches.py run --jobs 2; python experiments/searches.py times
+          python experiments/searches.py table        (what came out)
           python experiments/searches.py fused        (where Fused-MBConv is chosen)
 Time      (to be filled in from results/searches.jsonl)
 Outcome   (to be filled in)
@@ -27,7 +29,7 @@ A row of results/searches.jsonl per finished search and per training; what is th
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +107,8 @@ def search(args: argparse.Namespace) -> None:
     networks = {"winner": result.network()}
     if args.goal == "training":
         equal = [trial for trial in map(result.trial, result.front) if trial.values["acc"] >= told["acc"]]
-        if equal:
-            quickest = min(equal, key=lambda trial: trial.values["step_ms"])
+        quickest = min(equal, key=lambda trial: trial.values["step_ms"], default=result.best)
+        if quickest is not result.best:
             networks["quickest at equal accuracy"] = result.network(quickest.number)
     row = setting | {
         "kind": "search",
@@ -184,8 +186,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def said(row: dict[str, Any]) -> str:
     """A finished training in a line."""
-    who = row["who"] if row["who"] == "baseline" else f"{row['who']['goal']} {row['who']['strategy']} {row['pick']}"
-    return f"{row['data']} {who} seed {row['seed']}: {score(row):.2f} %, {row['seconds']} s"
+    name = label(row["who"], row["pick"])
+    return f"{row['data']} {name} seed {row['seed']}: {score(row):.2f} %, {row['seconds']} s"
 
 
 def score(row: dict[str, Any]) -> float:
@@ -197,34 +199,74 @@ def same(row: dict[str, Any], other: dict[str, Any], names: Sequence[str]) -> bo
     return all(json.dumps(row.get(name)) == json.dumps(other.get(name)) for name in names)
 
 
+def label(who: Any, pick: str) -> str:
+    """What a network is called in tables."""
+    return "baseline" if who == "baseline" else f"{who['goal']} {who['strategy']} {pick}"
+
+
+def times(args: argparse.Namespace) -> None:
+    """Latency and time of a training step of all that were found, interleaved, over the baseline's; one thread."""
+    import torch
+
+    from effnet.network import build
+    from effnet.plan import environment
+    from effnet.proxy import PROXY
+
+    rows = [row for row in read(args.results) if row["kind"] == "search" and row["data"] == args.data]
+    named = {label(row, pick): Network.from_dict(net) for row in rows for pick, net in row["networks"].items()}
+    networks = [net.replace(name=name) for name, net in ({"baseline": baseline(args.data)} | named).items()]
+    latency = bench.bench(networks, rounds=20)
+
+    def training(network: Network) -> Callable[[], None]:
+        model = build(network).train().to(memory_format=torch.channels_last)
+        px = network.resolution
+        images = torch.randn(PROXY.batch, 3, px, px).to(memory_format=torch.channels_last)
+
+        def step() -> None:
+            model(images).square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+    with bench.controlled(1):
+        step = bench.measure({network.name: training(network) for network in networks}, rounds=20)
+    row = {"kind": "times", "data": args.data, "environment": environment("cpu")}
+    for name, timed in (("latency", latency), ("step", step)):
+        row[name] = {each.second: [each.ratio, *each.spread] for each in timed.comparisons}
+        row[f"{name}_others"] = timed.others
+    append(row, args.results)
+
+
 # --- what came out --------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the baseline and all that was found; its accuracy and time of training against the baseline's."""
+    """Markdown: the baseline and all that was found; its accuracy and its times beside the baseline's."""
     heads = ["data", "goal", "strategy", "trials", "MACs", "params", "seeds", "test accuracy in %"]
-    heads += ["minus the baseline", "verdict", "training time of the baseline's", "search in min"]
+    heads += ["minus the baseline", "verdict", "latency", "training step", "search in min"]
     lines = []
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "training":
             name = json.dumps([row["data"], row["epochs"], row["images"], row["who"], row["pick"]])
             groups.setdefault(name, {})[row["seed"]] = row
+    clocks = {row["data"]: row for row in rows if row["kind"] == "times"}
     for name, seeds in sorted(groups.items(), key=lambda item: '"baseline"' not in item[0]):
         data, epochs, images, who, pick = json.loads(name)
         row = next(iter(seeds.values()))
         base = groups.get(json.dumps([data, epochs, images, "baseline", ""]), {}) if who != "baseline" else {}
         both = sorted(seeds.keys() & base.keys())
-        difference = paired([score(seeds[seed]) - score(base[seed]) for seed in both])
-        ratios = [base[seed]["images_per_s"] / seeds[seed]["images_per_s"] for seed in both]
         spent = [each["seconds"] for each in rows if base and each["kind"] == "search" and same(each, who, SETTING)]
         goal = ["the baseline", "", ""] if who == "baseline" else [who["goal"], who["strategy"], who["trials"]]
         goal[0] += f", {pick}" if pick not in ("", "winner") else ""
         cells = [data, *goal, f"{row['macs']:,}", f"{row['params']:,}", len(seeds)]
-        cells += [interval([score(each) for each in seeds.values()]), *difference]
-        cells += [interval(ratios) if ratios else "", f"{statistics.fmean(spent) / 60:.0f}" if spent else ""]
-        lines.append((data, cells))
-    return markdown(heads, [cells for _, cells in sorted(lines, key=lambda line: line[0] != "fashion-mnist")])
+        cells.append(interval([score(each) for each in seeds.values()]))
+        cells += paired([score(seeds[seed]) - score(base[seed]) for seed in both])
+        for clock in ("latency", "step"):
+            ratio = clocks.get(data, {}).get(clock, {}).get(label(who, pick))
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if ratio else "")
+        lines.append([*cells, f"{statistics.fmean(spent) / 60:.0f}" if spent else ""])
+    return markdown(heads, sorted(lines, key=lambda line: line[0] != "fashion-mnist"))
 
 
 def fused(rows: list[dict[str, Any]]) -> str:
@@ -262,10 +304,12 @@ def main() -> None:
     judge.add_argument("--data", choices=JUDGED, default="fashion-mnist")
     judge.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     judge.add_argument("--jobs", type=int, default=2)
+    clocks = verbs.add_parser("times", help="latency and training step of all that was found; on a quiet machine")
+    clocks.add_argument("--data", choices=JUDGED, default="fashion-mnist")
     single = verbs.add_parser("one", help="one training, as JSON; its row is the last line printed")
     single.add_argument("job", type=json.loads)
     shown = [verbs.add_parser("table", help="what came out"), verbs.add_parser("fused", help="where Fused-MBConv is")]
-    for each in (hunt, judge, *shown):
+    for each in (hunt, judge, clocks, *shown):
         each.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.verb == "one":
@@ -273,7 +317,7 @@ def main() -> None:
     elif args.verb in ("table", "fused"):
         print({"table": table, "fused": fused}[args.verb](read(args.results)))
     else:
-        {"search": search, "run": run}[args.verb](args)
+        {"search": search, "run": run, "times": times}[args.verb](args)
 
 
 if __name__ == "__main__":

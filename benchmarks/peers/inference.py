@@ -29,7 +29,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers import process
 from benchmarks.peers.compare import randomise, torchvision_operators
 from effnet import dialects, families
 from effnet.checkpoint import Checkpoint, save, to_model
@@ -47,7 +47,6 @@ from effnet.checkpoint import load as load_checkpoint
 from effnet.images import normalise
 from effnet.plan import environment
 
-ROOT = Path(__file__).resolve().parents[2]
 # name: timm's network, ours, size in px, goal (times timm float32)
 SETTINGS = {
     "b0": ("efficientnet_b0", "efficientnet_b0", 224, 3.4),
@@ -136,39 +135,11 @@ def eager(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return model(images)
 
 
-class Runner:
-    """effnet's environment, answering one line for one line."""
-
-    def __init__(self, folder: Path, core: int) -> None:
-        command = [str(ROOT / ".venv/bin/python"), "-m", "benchmarks.peers.inference", "--serve", str(folder)]
-        known = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [*command, "--core", str(core)],
-            cwd=ROOT,
-            env=known,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.differences: dict[str, float] = json.loads(self._line())
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"effnet's side ended with exit code {self.process.wait()}; its words are above.")
-        return line
-
-    def visit(self, name: str) -> list[float]:
-        """Seconds of each call of a visit."""
-        assert self.process.stdin is not None
-        print(name, file=self.process.stdin, flush=True)
-        return json.loads(self._line())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def runner(folder: Path, core: int) -> process.Worker:
+    """effnet's environment: ready with the differences, answers a name with the seconds of each call of a visit."""
+    command = [str(process.ROOT / ".venv/bin/python"), "-m", "benchmarks.peers.inference"]
+    env = os.environ | {"PYTHONPATH": str(process.ROOT)}
+    return process.Worker([*command, "--serve", str(folder), "--core", str(core)], env)
 
 
 # --- effnet's side --------------------------------------------------------------------------------------------------
@@ -191,11 +162,12 @@ def serve(folder: Path) -> None:
     works[THEIRS] = theirs_in_openvino(folder)
     differences[THEIRS] = relative(centred(works[THEIRS]()), expected)
     calls = {name: calls_of(work) for name, work in works.items()}
-    print(json.dumps(differences), file=lines, flush=True)
-    for line in sys.stdin:
-        name = line.strip()
+
+    def visit(name: str) -> list[float]:
         works[name]()  # the other process had the caches
-        print(json.dumps(timed(works[name], calls[name])), file=lines, flush=True)
+        return timed(works[name], calls[name])
+
+    process.serve(differences, visit, lambda: None, lines)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -230,7 +202,7 @@ def row(setting: str, rounds: int, core: int) -> dict[str, Any]:
         works, expected = prepared(setting, folder)
         np.save(folder / "expected.npy", expected)
         calls = {name: calls_of(work) for name, work in works.items()}
-        runner = Runner(folder, core)
+        worker = runner(folder, core)
         names = [*EAGER, THEIRS, *OURS]
         medians: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(rounds):
@@ -240,10 +212,10 @@ def row(setting: str, rounds: int, core: int) -> dict[str, Any]:
                     works[name]()
                     seconds[name] += timed(works[name], calls[name])
                 else:
-                    seconds[name] += runner.visit(name)
+                    seconds[name] += worker.ask(name)
             for name, values in seconds.items():
                 medians[name].append(statistics.median(values))
-        runner.close()
+        worker.close()
     base = medians[EAGER[0]]
     ratios = {name: [b / t for b, t in zip(base, times, strict=True)] for name, times in medians.items()}
     best = max(OURS, key=lambda name: statistics.median(ratios[name]))
@@ -259,7 +231,7 @@ def row(setting: str, rounds: int, core: int) -> dict[str, Any]:
                 "ms": 1e3 * statistics.median(times),
                 "times_timm_float32": statistics.median(ratios[name]),
                 "ratio_range": [min(ratios[name]), max(ratios[name])],
-                "difference": runner.differences.get(name, 0.0),
+                "difference": worker.ready.get(name, 0.0),
             }
             for name, times in medians.items()
         },
@@ -271,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--core", type=int, default=0, help="the core that both processes are bound to")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "inference_peers.json")
+    parser.add_argument("--out", type=Path, default=process.ROOT / "results" / "inference_peers.json")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.sched_setaffinity(0, {args.core})

@@ -27,7 +27,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,13 +35,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.peers import process
 from benchmarks.peers.compare import torchvision_operators
 from effnet import families, native
 from effnet.network import build
 from effnet.optim import RMSProp
 from effnet.plan import environment, precision_context
 
-ROOT = Path(__file__).resolve().parents[2]
 # name: timm's network, ours, size in px, batch, goal (times timm float32)
 SETTINGS = {
     "b0-224": ("efficientnet_b0", "efficientnet_b0", 224, 32, 4.0),
@@ -97,58 +96,34 @@ def stepper(variant: str, setting: str) -> Callable[[], float]:
     return step
 
 
-class Variant:
-    """A process that makes one step for each line it is sent, and says how many seconds it took."""
-
-    def __init__(self, variant: str, setting: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.peers.training", "--serve", variant, "--settings", setting]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.said()  # two steps are done
-
-    def said(self) -> float:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("a variant has ended; its reason stands above")
-        return float(line)
-
-    def step(self) -> float:
-        assert self.process.stdin is not None
-        print("step", file=self.process.stdin, flush=True)
-        return self.said()
-
-    def close(self) -> int:
-        """Ends it; the high-water mark of its memory in bytes."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        peak = int(self.said())
-        self.process.wait()
-        return peak
-
-
 def serve(variant: str, setting: str) -> None:
-    """What a `Variant` runs."""
+    """One variant's process: a step for every line, answered by its seconds; at last the most memory it held."""
     if variant.startswith("effnet"):
         native.keep_freed_memory()  # as `effnet train` does
     step = stepper(variant, setting)
-    step(), step()
-    print(0, flush=True)
-    for _ in sys.stdin:
+
+    def timed(_: str) -> float:
         start = time.perf_counter()
         step()
-        print(time.perf_counter() - start, flush=True)
-    status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child inherits from its parent
-    print(1024 * int(status.split("VmHWM:")[1].split()[0]), flush=True)
+        return time.perf_counter() - start
+
+    def peak() -> int:
+        status = Path("/proc/self/status").read_text()  # not ru_maxrss, which a child inherits from its parent
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+    step(), step()
+    process.serve(None, timed, peak)
 
 
 def measured(setting: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per step and peak bytes, by variant: each is visited twice per round, in order and in reverse."""
-    variants = {name: Variant(name, setting) for name in VARIANTS}
+    command = [sys.executable, "-m", "benchmarks.peers.training", "--settings", setting, "--serve"]
+    variants = {name: process.Worker([*command, name]) for name in VARIANTS}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
         for name in (*VARIANTS, *reversed(VARIANTS)):
-            variants[name].step()  # finds the caches full of another's data
-            seconds[name].append(statistics.median(variants[name].step() for _ in range(STEPS)))
+            variants[name].ask("step")  # finds the caches full of another's data
+            seconds[name].append(statistics.median(variants[name].ask("step") for _ in range(STEPS)))
     return seconds, {name: variant.close() for name, variant in variants.items()}
 
 
@@ -172,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "training_peers.json")
+    parser.add_argument("--out", type=Path, default=process.ROOT / "results" / "training_peers.json")
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
