@@ -135,6 +135,9 @@ class Cache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __reduce__(self) -> tuple[type["Cache"], tuple[int]]:
+        return Cache, (self.budget_bytes,)  # another process begins with an empty one
+
     def image(self, source: Source, index: int) -> np.ndarray:
         """`source.image(index)`, decoded at most once as long as there is room."""
         if isinstance(source.pixels, ArrayPixels):

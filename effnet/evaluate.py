@@ -26,7 +26,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as tm
 
 from effnet import cluster
-from effnet.data import batches
+from effnet.data import Cache, batches
 from effnet.engine import evaluating, logits
 from effnet.network import Model
 from effnet.prediction_files import write_table
@@ -178,16 +178,18 @@ def evaluate(
     seed: int = 0,
     on_batch: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    cache: Cache | None = None,
 ) -> Evaluation:
     """`predict_source`, then `measure`: the arguments and errors are theirs.
 
     Processes that train together take the batches in turn, and all get the same numbers: every image counts once,
     whatever their number. `stop` is asked after each batch; once it says yes, anywhere, `Unfinished` is raised.
+    `cache`: decoded images, for whoever evaluates on the same source again.
     """
-    turn = {"rank": cluster.rank(), "world": cluster.world()}
     mine = _outputs(
-        model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch, stop=stop, **turn
-    )
+        model, source, batch=batch, workers=workers, device=device, turns=turns, on_batch=on_batch, stop=stop,
+        cache=cache, rank=cluster.rank(), world=cluster.world(),
+    )  # fmt: skip
     parts = cluster.gathered(mine)
 
     def judged() -> Evaluation | None:
@@ -234,6 +236,7 @@ def _outputs(
     turns: bool,
     on_batch: Callable[[int, int], None] | None,
     stop: Callable[[], bool] = lambda: False,
+    cache: Cache | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> list[Output]:
@@ -246,7 +249,7 @@ def _outputs(
     with evaluating(model):
         for part in batches(
             source, size_px=preprocess.size, batch=batch, preprocess=preprocess, train=False, workers=workers,
-            rank=rank, world=world,
+            cache=cache, rank=rank, world=world,
         ):  # fmt: skip
             if stop():
                 break

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from effnet.coefficients import Evaluate
+from effnet.data import Cache
 from effnet.network import build
 from effnet.recipes import Recipe
 from effnet.samples import Source, Splits, by_class, deal
@@ -60,11 +61,14 @@ def _drawn(source: Source, images: int, seed: int) -> Source:
 def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", workers: int | None = None) -> Evaluate:
     """The function `evaluate(network, seed, budget)`: validation accuracy after `budget` epochs of `recipe`.
 
-    The seed draws the weights, the order of the images and their views. `KeyboardInterrupt` when a signal stops it.
+    The seed draws the weights, the order of the images and their views; decoded images are kept from one network to
+    the next. `KeyboardInterrupt` when a signal stops it.
     """
 
     if not splits.val:
         raise UsageError(f"{splits.name} has no validation images to judge networks on: keep val_fraction above 0.")
+
+    cache = Cache()
 
     def evaluate(network: Any, seed: int, budget: int) -> float:
         if not isinstance(network, Network):
@@ -73,9 +77,10 @@ def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", worker
         batch = min(recipe.batch, len(splits.train))
         short = recipe.replace(epochs=budget, batch=batch, seed=seed, warmup=min(recipe.warmup, budget / 4))
         judged: dict[str, Any] = {}
+        options: dict[str, Any] = {"device": device, "workers": workers, "cache": cache}
         with tempfile.TemporaryDirectory(prefix="effnet-proxy-") as folder:
             try:
-                for event in training(splits, model, short, Path(folder) / "run", device=device, workers=workers):
+                for event in training(splits, model, short, Path(folder) / "run", **options):
                     judged = event.get("val", judged)
             except Interrupted:
                 raise KeyboardInterrupt from None

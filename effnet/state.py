@@ -46,7 +46,7 @@ class State:
     since_best: int = 0
     rollbacks: int = 0  # how often the run went back after it had diverged
     losses: list[float] = field(default_factory=list)  # of the finished steps of the epoch that is not yet judged
-    cache: data.Cache = field(default_factory=data.Cache)  # decoded training images
+    cache: data.Cache = field(default_factory=data.Cache)  # decoded images
 
     @property
     def evaluated(self) -> Model:

@@ -116,6 +116,7 @@ def training(
     weights: str = "",
     save_every: int = 0,
     retries: int = RETRIES,
+    cache: data.Cache | None = None,
 ) -> Iterator[Event]:
     """Trains `model` on `splits.train`, judges it on `splits.val` after each epoch, and yields what happens.
 
@@ -129,6 +130,7 @@ def training(
     The state is saved after each epoch, and also every `save_every` steps where that is not 0; a killed run repeats
     what came after. A run that diverges goes back to its last saved state with `SLOWER` times the learning rate, at
     most `retries` times, then raises `Diverged`. Every process of a `cluster` calls this; the first one writes.
+    `cache`: decoded images, for several runs on the same `splits`; by default a run has its own.
     """
     started = time.perf_counter()
     if device == "cpu":
@@ -144,6 +146,7 @@ def training(
     journal = Journal(out / "log.jsonl", silent=cluster.rank() > 0)
     resume = resume or (cluster.restarts() > 0 and cluster.first(lambda: exists(out)))
     todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device, journal)
+    state.cache = state.cache if cache is None else cache
     job = Job(splits=splits, todo=todo, out=out, device=device, workers=workers, save_every=save_every)
     yield journal.add(_start_event(job, state, weights))
     with _signals() as stop:
@@ -481,7 +484,12 @@ def _judged(job: Job, state: State, stop: Stop) -> dict[str, Any]:
     val = job.splits.val
     if not val:
         return {}
-    options: dict[str, Any] = {"batch": job.todo.recipe.batch, "device": job.device, "bootstrap": 0}
+    options: dict[str, Any] = {
+        "batch": job.todo.recipe.batch,
+        "device": job.device,
+        "cache": state.cache,
+        "bootstrap": 0,
+    }
     with precision_context(job.todo.precision, job.device):
         return evaluate(state.evaluated, val, stop=lambda: bool(stop.received), **options).metrics
 

@@ -1,15 +1,18 @@
 """A short training as a judge: it learns, it repeats itself, and it leaves nothing behind."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from effnet.coefficients import search_coefficients
 from effnet.factory import Factory
 from effnet.proxy import PROXY, fewer, proxy
-from effnet.samples import ArrayPixels, Splits, labelled
+from effnet.images import Encoded
+from effnet.samples import ArrayPixels, FilePixels, Splits, labelled
 from effnet.spec import Head, Network, Preprocess, Rounding, Stage, Stem
 from effnet.value import UsageError
 from tests.test_factory import plain
@@ -53,6 +56,24 @@ def test_it_learns_repeats_itself_and_differs_by_seed() -> None:
     found = [evaluate(SMALL, 0, 2) for _ in range(2)]
     assert found[0] == found[1] > 0.6  # chance is a third
     assert len({evaluate(SMALL, seed, 1) for seed in range(2)}) > 1
+
+
+def test_images_are_decoded_once_for_all_networks_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stripes(48)
+    paths = [tmp_path / f"{index}.png" for index in range(48)]
+    for path, image in zip(paths, made.train.pixels.array, strict=True):
+        Image.fromarray(image).save(path)
+    pixels = FilePixels(paths=tuple(paths))
+    splits = replace(made, train=replace(made.train, pixels=pixels), val=replace(made.val, pixels=pixels))
+    decoded: list[int] = []
+    for kind, name in ((Encoded, "pixels"), (FilePixels, "image")):  # what training and what evaluation asks for
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, call=original, **kw: decoded.append(1) or call(*args, **kw))
+    evaluate = proxy(splits, PROXY.replace(batch=12), workers=0)
+    shared = [evaluate(SMALL, seed, 2) for seed in range(3)]
+    assert len(decoded) == 48
+    alone = [proxy(splits, PROXY.replace(batch=12), workers=0)(SMALL, seed, 2) for seed in range(3)]
+    assert alone == shared and len(decoded) == 4 * 48
 
 
 def test_it_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
