@@ -508,6 +508,7 @@ def _renew_norms(job: Job, state: State, place: Place, stop: Stop) -> None:
         preprocess=todo.preprocess,
         train=False,
         on_error=recipe.on_error,
+        cache=state.cache,
     )
     wanted = itertools.takewhile(lambda _: not stop.received, source)
     with precision_context(todo.precision, job.device):

@@ -446,7 +446,7 @@ def judging(
         model = net.model(network.replace(preprocess=preprocess, resolution=preprocess.size), splits.classes)
         with precision_context(recipe.precision, device):
             renew_norms(model, (normalise(batch.images.to(device), preprocess) for batch in batches))
-            found = evaluate(model, val, device=device, bootstrap=0, **options)
+            found = evaluate(model, val, device=device, bootstrap=0, cache=cache, **options)
         return score(found.metrics, recipe)
 
     return judge
