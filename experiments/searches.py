@@ -18,7 +18,7 @@ Protocol  Baseline: efficientnet_b0 with widths x 0.25 (multiples of 4) and laye
           all networks interleaved, one thread, float32; latency of one image, a training step of 64.
 Command   python experiments/searches.py search --goal macs|latency|training [--strategy random] [--data elpv]
           python experiments/searches.py run --jobs 2; python experiments/searches.py times
-          python experiments/searches.py table        (what came out)
+          python experiments/searches.py table; python experiments/searches.py figure
           python experiments/searches.py fused        (where Fused-MBConv is chosen)
 Time      (to be filled in from results/searches.jsonl)
 Outcome   (to be filled in)
@@ -27,6 +27,7 @@ A row of results/searches.jsonl per finished search and per training; what is th
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from typing import Any
 from compound import DATA, append, in_processes, interval, judged, markdown, paired, read
 
 from effnet import bench, families
-from effnet.coefficients import Evaluate
+from effnet.coefficients import Evaluate, t_interval
 from effnet.cost import cost
 from effnet.search.objectives import soft, training_aware
 from effnet.search.space import small, v1, v2
@@ -46,8 +47,13 @@ from effnet.spec import Network, Rounding
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "searches.jsonl"
+FIGURE = ROOT / "docs" / "figures" / "searches.png"
 GOALS = ("macs", "latency", "training")
 SETTING = ("data", "goal", "strategy", "search_seed", "trials", "rungs", "search_images")  # what a search is known by
+BETWEEN = (  # the ablations: strategy at equal trials, objective
+    ("macs evolution winner", "macs random winner"),
+    ("latency evolution winner", "macs evolution winner"),
+)
 RUN = ("data", "who", "pick", "seed", "epochs", "images")  # and a training
 SEARCHED = {"fashion-mnist": {"rungs": (1, 3), "images": 3_000}, "elpv": {"rungs": (2, 6), "images": 0}}
 JUDGED = {"fashion-mnist": {"epochs": 8, "images": 6_000}, "elpv": {"epochs": 20, "images": 0}}
@@ -72,7 +78,7 @@ def search(args: argparse.Namespace) -> None:
     from effnet.data import open_data
     from effnet.plan import environment
     from effnet.proxy import PROXY, fewer, proxy
-    from effnet.search.figure import figure
+    from effnet.search.figure import figure as picture
     from effnet.search.meters import step_ms
     from effnet.search.records import opened
 
@@ -103,7 +109,7 @@ def search(args: argparse.Namespace) -> None:
         best = f"best so far {result.best.values['acc']:.4f}" if result.winner is not None else ""
         print(f"{trial.number + 1}/{args.trials} {trial.state} {trial.values.get('acc', 0):.4f} {best}", flush=True)
     result = result or found(todo, opened(file, todo).trials())
-    figure(result, file.with_suffix(".png"))
+    picture(result, file.with_suffix(".png"))
     networks = {"winner": result.network()}
     if args.goal == "training":
         equal = [trial for trial in map(result.trial, result.front) if trial.values["acc"] >= told["acc"]]
@@ -266,7 +272,16 @@ def table(rows: list[dict[str, Any]]) -> str:
             ratio = clocks.get(data, {}).get(clock, {}).get(label(who, pick))
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if ratio else "")
         lines.append([*cells, f"{statistics.fmean(spent) / 60:.0f}" if spent else ""])
-    return markdown(heads, sorted(lines, key=lambda line: line[0] != "fashion-mnist"))
+    found = {name: {seed: score(row) for seed, row in seeds.items()} for name, seeds in groups.items()}
+    between = []
+    for (one_name, one), (other_name, other) in itertools.permutations(found.items(), 2):
+        (data, *how, who, pick), (*setting, other_who, other_pick) = json.loads(one_name), json.loads(other_name)
+        names = label(who, pick), label(other_who, other_pick)
+        if [data, *how] == setting and names in BETWEEN:
+            both = sorted(one.keys() & other.keys())
+            between.append([data, *names, len(both), *paired([one[seed] - other[seed] for seed in both])])
+    first = markdown(heads, sorted(lines, key=lambda line: line[0] != "fashion-mnist"))
+    return f"{first}\n\n{markdown(['data', 'one', 'other', 'seeds', 'one minus other', 'verdict'], between)}"
 
 
 def fused(rows: list[dict[str, Any]]) -> str:
@@ -289,6 +304,38 @@ def fused(rows: list[dict[str, Any]]) -> str:
     return markdown(["data", "strategy", "candidates", "of them", *(f"stage {at} in %" for at in range(stages))], lines)
 
 
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: the best so far of every search on Fashion-MNIST. Right: test accuracy against the time of a step."""
+    from matplotlib.figure import Figure
+
+    colours = ("#d1495b", "#2f7fd1", "#2a9d6f", "#b8860b")
+    rows = [row for row in rows if row.get("data") == "fashion-mnist"]
+    searches = [row for row in rows if row["kind"] == "search"]
+    clocks = next(row for row in rows if row["kind"] == "times")
+    made = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = made.subplots(1, 2)
+    told = searches[0]["baseline"]["acc"]
+    left.axhline(100 * told, color="0.5", linestyle="--", linewidth=1, label="baseline")
+    for row, colour in zip(searches, colours, strict=False):
+        whole = [100 * t["values"]["acc"] if t["state"] == "finished" else 0 for t in row["trials_tried"]]
+        best = list(itertools.accumulate(whole, max))
+        left.step(range(1, len(best) + 1), best, color=colour, label=label(row, "").strip(), linewidth=1.4)
+    left.set(xlabel="trial", ylabel="validation accuracy in %, best so far", ylim=(60, None))
+    left.legend(fontsize=7, frameon=False)
+    for (who, pick), colour in zip(
+        [("baseline", ""), *((row, "winner") for row in searches)], ("0.5", *colours), strict=False
+    ):
+        name = label(who, pick)
+        scores = [score(row) for row in rows if row["kind"] == "training" and label(row["who"], row["pick"]) == name]
+        bounds, mean = t_interval(scores), statistics.fmean(scores)
+        half = (bounds[1] - bounds[0]) / 2 if bounds else 0.0
+        at = clocks["step"][name][0] if name in clocks["step"] else 1.0
+        right.errorbar(at, mean, half, color=colour, marker="o", capsize=3)
+        right.annotate(name.replace(" winner", ""), (at, mean), xytext=(5, 5), textcoords="offset points", fontsize=7)
+    right.set(xlabel="time of a training step, baseline = 1", ylabel="test accuracy in %, five seeds", xlim=(0, 1.3))
+    made.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -309,6 +356,7 @@ def main() -> None:
     single = verbs.add_parser("one", help="one training, as JSON; its row is the last line printed")
     single.add_argument("job", type=json.loads)
     shown = [verbs.add_parser("table", help="what came out"), verbs.add_parser("fused", help="where Fused-MBConv is")]
+    shown.append(verbs.add_parser("figure", help=f"{FIGURE.relative_to(ROOT)}"))
     for each in (hunt, judge, clocks, *shown):
         each.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -316,6 +364,8 @@ def main() -> None:
         print(json.dumps(one(args.job)))
     elif args.verb in ("table", "fused"):
         print({"table": table, "fused": fused}[args.verb](read(args.results)))
+    elif args.verb == "figure":
+        figure(read(args.results), FIGURE)
     else:
         {"search": search, "run": run, "times": times}[args.verb](args)
 
