@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from effnet.checkpoint import load, to_model
 from effnet.coefficients import Evaluate
 from effnet.data import Cache
+from effnet.evaluate import evaluate
 from effnet.network import build
+from effnet.plan import precision_context
 from effnet.recipes import Recipe
 from effnet.samples import Source, Splits, by_class, deal
 from effnet.spec import Network
+from effnet.state import BEST
 from effnet.train import Interrupted, score, training
 from effnet.value import UsageError
 
@@ -65,25 +69,27 @@ def proxy(splits: Splits, recipe: Recipe = PROXY, *, device: str = "cpu", worker
     the next. `KeyboardInterrupt` when a signal stops it.
     """
 
-    if not splits.val:
+    if not (val := splits.val):
         raise UsageError(f"{splits.name} has no validation images to judge networks on: keep val_fraction above 0.")
-
     cache = Cache()
 
-    def evaluate(network: Any, seed: int, budget: int) -> float:
+    def judge(network: Any, seed: int, budget: int) -> float:
         if not isinstance(network, Network):
             raise UsageError(f"{network!r:.80} is no Network; train modules of your own in an evaluate of your own.")
         model = build(network, generator=torch.Generator().manual_seed(seed))
         batch = min(recipe.batch, len(splits.train))
         short = recipe.replace(epochs=budget, batch=batch, seed=seed, warmup=min(recipe.warmup, budget / 4))
-        judged: dict[str, Any] = {}
         options: dict[str, Any] = {"device": device, "workers": workers, "cache": cache}
         with tempfile.TemporaryDirectory(prefix="effnet-proxy-") as folder:
+            run, precision = Path(folder) / "run", "float32"
             try:
-                for event in training(splits, model, short, Path(folder) / "run", **options):
-                    judged = event.get("val", judged)
+                for event in training(replace(splits, val=None), model, short, run, **options):
+                    precision = event.get("precision", precision)
             except Interrupted:
                 raise KeyboardInterrupt from None
-        return score(judged, short)
+            trained = to_model(load(run / BEST))  # without validation images: of the last epoch
+        with precision_context(precision, device):
+            found = evaluate(trained, val, batch=batch, bootstrap=0, **options)
+        return score(found.metrics, short)
 
-    return evaluate
+    return judge
