@@ -108,8 +108,8 @@ def main() -> None:
     whole = verbs.add_parser("run", help="what is not done yet")
     whole.add_argument("--data", default="data/emoji")
     whole.add_argument("--out", type=Path, default=ROOT / "runs" / "whole")
-    whole.add_argument("--trials", type=int, default=30)
-    whole.add_argument("--epochs", type=int, default=15)
+    whole.add_argument("--trials", type=int, default=20)
+    whole.add_argument("--epochs", type=int, default=10)
     whole.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     shown = verbs.add_parser("table", help="what came out")
     for each in (whole, shown):
