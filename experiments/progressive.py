@@ -18,9 +18,9 @@ Command   python experiments/emoji.py data/emoji
           python experiments/progressive.py table; python experiments/progressive.py figure
 Time      Emoji: 46 minutes of one core; ELPV: about 25 a seed
 Outcome   Three seeds each. Emoji: size 72.4 and adaptive 72.1 against 73.6 % (ties), in 0.62 and 0.65 of fixed's time,
-          adaptive in 9 epochs 71.9 (a tie) in 0.47, in 24 epochs 76.5 (a tie) in 1.17. ELPV: 84.0 and 83.1 against 83.3 % (ties), in 0.58 and 0.59. Half
-          the time is missed in equal epochs; whether regularisation must rise too cannot be told. Statistics counted
-          anew do not help (docs/training-evidence.md).
+          adaptive in 9 epochs 71.9 (a tie) in 0.47, in 24 epochs 76.5 (a tie) in 1.17. ELPV: 84.0 and 83.1 against
+          83.3 % (ties), in 0.58 and 0.59. Half the time is missed in equal epochs; whether regularisation must rise
+          too cannot be told. Statistics counted anew do not help (docs/training-evidence.md).
 
 A row of results/progressive.jsonl per run; what is there is not run again.
 """
