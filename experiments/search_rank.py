@@ -10,8 +10,9 @@ Protocol  For each space (v1 and v2, around the scaled-down B0 of searches.py) -
           Random networks differ more than the candidates near a winner do: the tau of the better half (by the long
           training) stands beside it.
 Command   python experiments/search_rank.py run --jobs 2 && python experiments/search_rank.py table
-Time      (to be filled in from results/search_rank.jsonl)
-Outcome   (to be filled in)
+Time      about 35 minutes of one core a space
+Outcome   v1, 20 networks: tau 0.48 (0.24 to 0.70) after one epoch, 0.50 (0.27 to 0.70) after three, at a tenth and a
+          quarter of the cost; in the better half 0.47, with intervals from 0 to 0.8. v2 was not run.
 
 A row of results/search_rank.jsonl per training; what is there is not done again.
 """
@@ -145,9 +146,9 @@ def main() -> None:
     for name, words in (("run", "the trainings that are not in the results yet"), ("table", "what came out")):
         verb = verbs.add_parser(name, help=words)
         verb.add_argument("--spaces", nargs="+", default=["v1", "v2"], choices=SPACES)
-        verb.add_argument("--count", type=int, default=24)
+        verb.add_argument("--count", type=int, default=20)
         verb.add_argument("--short", nargs="+", type=int, default=[1, 3])
-        verb.add_argument("--long", type=int, default=12)
+        verb.add_argument("--long", type=int, default=8)
         verb.add_argument("--images", type=int, default=3_000)
         verb.add_argument("--long-images", type=int, default=6_000)
         verb.add_argument("--jobs", type=int, default=2)
