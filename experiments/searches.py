@@ -229,13 +229,15 @@ def times(args: argparse.Namespace) -> None:
         images = torch.randn(PROXY.batch, 3, px, px).to(memory_format=torch.channels_last)
 
         def step() -> None:
-            model(images).square().mean().backward()
+            with torch.inference_mode(False), torch.enable_grad():
+                model(images).square().mean().backward()
             model.zero_grad(set_to_none=True)
 
         return step
 
+    works = {network.name: training(network) for network in networks}
     with bench.controlled(1):
-        step = bench.measure({network.name: training(network) for network in networks}, rounds=20)
+        step = bench.measure(works, rounds=20)
     row = {"kind": "times", "data": args.data, "environment": environment("cpu")}
     for name, timed in (("latency", latency), ("step", step)):
         row[name] = {each.second: [each.ratio, *each.spread] for each in timed.comparisons}
