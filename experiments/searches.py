@@ -20,8 +20,11 @@ Command   python experiments/searches.py search --goal macs|latency|training [--
           python experiments/searches.py run --jobs 2; python experiments/searches.py times
           python experiments/searches.py table; python experiments/searches.py figure
           python experiments/searches.py fused        (where Fused-MBConv is chosen)
-Time      (to be filled in from results/searches.jsonl)
-Outcome   (to be filled in)
+Time      Of one core: a search on Fashion-MNIST 17 to 23 minutes, ELPV (--trials 40) 11 and 24; judging 45 to 90 s a run
+Outcome   Fashion-MNIST: "macs" 2.01 +- 1.52 points better than the baseline with 0.6 of its MACs, "training" 2.12 +-
+          1.39 better and a step takes 0.51 of the time, "latency" 2.64 +- 1.39 better at 0.32 of the latency. Evolution
+          beats random search by 0.90 +- 0.48 at 100 trials ("training": 80). ELPV: ties in accuracy; a step takes 0.59
+          ("macs") and 0.81 ("training") of the baseline's. Fused-MBConv wins early on Fashion-MNIST, and late once.
 
 A row of results/searches.jsonl per finished search and per training; what is there is not done again.
 """
@@ -333,7 +336,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         half = (bounds[1] - bounds[0]) / 2 if bounds else 0.0
         at = clocks["step"][name][0] if name in clocks["step"] else 1.0
         right.errorbar(at, mean, half, color=colour, marker="o", capsize=3)
-        right.annotate(name.replace(" winner", ""), (at, mean), xytext=(5, 5), textcoords="offset points", fontsize=7)
+        near = (6, -12) if name.startswith("macs") else (6, 5)
+        right.annotate(name.replace(" winner", ""), (at, mean), xytext=near, textcoords="offset points", fontsize=7)
     right.set(xlabel="time of a training step, baseline = 1", ylabel="test accuracy in %, five seeds", xlim=(0, 1.3))
     made.savefig(path, dpi=150)
 
