@@ -20,7 +20,7 @@ Command   python experiments/searches.py search --goal macs|latency|training [--
           python experiments/searches.py run --jobs 2; python experiments/searches.py times
           python experiments/searches.py table; python experiments/searches.py figure
           python experiments/searches.py fused        (where Fused-MBConv is chosen)
-Time      Of one core: a search on Fashion-MNIST 17 to 23 minutes, ELPV (--trials 40) 11 and 24; judging 45 to 90 s a run
+Time      Of one core: searches 17 to 23 minutes, of ELPV (--trials 40) 11 and 24; judging 45 to 90 s a run
 Outcome   Fashion-MNIST: "macs" 2.01 +- 1.52 points better than the baseline with 0.6 of its MACs, "training" 2.12 +-
           1.39 better and a step takes 0.51 of the time, "latency" 2.64 +- 1.39 better at 0.32 of the latency. Evolution
           beats random search by 0.90 +- 0.48 at 100 trials ("training": 80). ELPV: ties in accuracy; a step takes 0.59

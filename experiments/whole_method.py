@@ -9,8 +9,7 @@ Protocol  Emoji (emoji.py: colour, eight groups, 1,119 training images) at 48 px
           of the last epoch; seeds draw weights, order and views; differences are paired, Student's t (95 %).
 Command   python experiments/emoji.py data/emoji
           python experiments/whole_method.py run && python experiments/whole_method.py table
-Time      (to be filled in from results/whole_method.jsonl)
-Outcome   (to be filled in)
+Outcome   Not run to its end yet.
 
 Every command is printed before it runs; stopped anywhere, the same command goes on. A row of
 results/whole_method.jsonl per training.
