@@ -10,8 +10,8 @@ from PIL import Image
 
 from effnet.coefficients import search_coefficients
 from effnet.factory import Factory
-from effnet.proxy import PROXY, fewer, proxy
 from effnet.images import Encoded
+from effnet.proxy import PROXY, fewer, proxy
 from effnet.samples import ArrayPixels, FilePixels, Splits, labelled
 from effnet.spec import Head, Network, Preprocess, Rounding, Stage, Stem
 from effnet.value import UsageError
