@@ -146,7 +146,8 @@ def training(
     journal = Journal(out / "log.jsonl", silent=cluster.rank() > 0)
     resume = resume or (cluster.restarts() > 0 and cluster.first(lambda: exists(out)))
     todo, state = (_resumed if resume else _started)(splits, model, recipe, out, device, journal)
-    state.cache = state.cache if cache is None else cache
+    if cache is not None:
+        state.cache = cache
     job = Job(splits=splits, todo=todo, out=out, device=device, workers=workers, save_every=save_every)
     yield journal.add(_start_event(job, state, weights))
     with _signals() as stop:

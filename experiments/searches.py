@@ -53,10 +53,7 @@ RESULTS = ROOT / "results" / "searches.jsonl"
 FIGURE = ROOT / "docs" / "figures" / "searches.png"
 GOALS = ("macs", "latency", "training")
 SETTING = ("data", "goal", "strategy", "search_seed", "trials", "rungs", "search_images")  # what a search is known by
-BETWEEN = (  # the ablations: strategy at equal trials, objective
-    ("macs evolution winner", "macs random winner"),
-    ("latency evolution winner", "macs evolution winner"),
-)
+BETWEEN = (("macs", "evolution", "macs", "random"), ("latency", "evolution", "macs", "evolution"))  # the ablations
 RUN = ("data", "who", "pick", "seed", "epochs", "images")  # and a training
 SEARCHED = {"fashion-mnist": {"rungs": (1, 3), "images": 3_000}, "elpv": {"rungs": (2, 6), "images": 0}}
 JUDGED = {"fashion-mnist": {"epochs": 8, "images": 6_000}, "elpv": {"epochs": 20, "images": 0}}
@@ -222,8 +219,8 @@ def times(args: argparse.Namespace) -> None:
     from effnet.proxy import PROXY
 
     rows = [row for row in read(args.results) if row["kind"] == "search" and row["data"] == args.data]
-    named = {label(row, pick): Network.from_dict(net) for row in rows for pick, net in row["networks"].items()}
-    networks = [net.replace(name=name) for name, net in ({"baseline": baseline(args.data)} | named).items()]
+    winners = {net["name"]: Network.from_dict(net) for row in rows for net in row["networks"].values()}
+    networks = [baseline(args.data), *winners.values()]
     latency = bench.bench(networks, rounds=20)
 
     def training(network: Network) -> Callable[[], None]:
@@ -255,7 +252,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the baseline and all that was found; its accuracy and its times beside the baseline's."""
     heads = ["data", "goal", "strategy", "trials", "MACs", "params", "seeds", "test accuracy in %"]
     heads += ["minus the baseline", "verdict", "latency", "training step", "search in min"]
-    lines = []
+    lines, between = [], []
     groups: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "training":
@@ -274,17 +271,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(interval([score(each) for each in seeds.values()]))
         cells += paired([score(seeds[seed]) - score(base[seed]) for seed in both])
         for clock in ("latency", "step"):
-            ratio = clocks.get(data, {}).get(clock, {}).get(label(who, pick))
+            ratio = clocks.get(data, {}).get(clock, {}).get(row["network"]["name"])
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio) if ratio else "")
         lines.append([*cells, f"{statistics.fmean(spent) / 60:.0f}" if spent else ""])
-    found = {name: {seed: score(row) for seed, row in seeds.items()} for name, seeds in groups.items()}
-    between = []
-    for (one_name, one), (other_name, other) in itertools.permutations(found.items(), 2):
-        (data, *how, who, pick), (*setting, other_who, other_pick) = json.loads(one_name), json.loads(other_name)
-        names = label(who, pick), label(other_who, other_pick)
-        if [data, *how] == setting and names in BETWEEN:
-            both = sorted(one.keys() & other.keys())
-            between.append([data, *names, len(both), *paired([one[seed] - other[seed] for seed in both])])
+        for goal, strategy, *other in BETWEEN if base and pick == "winner" else ():
+            rival = who | dict(zip(("goal", "strategy"), other, strict=True))
+            peers = groups.get(json.dumps([data, epochs, images, rival, pick]), {})
+            if (who["goal"], who["strategy"]) == (goal, strategy) and peers:
+                both = sorted(seeds.keys() & peers.keys())
+                difference = paired([score(seeds[seed]) - score(peers[seed]) for seed in both])
+                between.append([data, label(who, pick), label(rival, pick), len(both), *difference])
     first = markdown(heads, sorted(lines, key=lambda line: line[0] != "fashion-mnist"))
     return f"{first}\n\n{markdown(['data', 'one', 'other', 'seeds', 'one minus other', 'verdict'], between)}"
 
@@ -316,7 +312,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     colours = ("#d1495b", "#2f7fd1", "#2a9d6f", "#b8860b")
     rows = [row for row in rows if row.get("data") == "fashion-mnist"]
     searches = [row for row in rows if row["kind"] == "search"]
-    clocks = next(row for row in rows if row["kind"] == "times")
+    clocks = [row for row in rows if row["kind"] == "times"][-1]
     made = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = made.subplots(1, 2)
     told = searches[0]["baseline"]["acc"]
@@ -327,17 +323,17 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
         left.step(range(1, len(best) + 1), best, color=colour, label=label(row, "").strip(), linewidth=1.4)
     left.set(xlabel="trial", ylabel="validation accuracy in %, best so far", ylim=(60, None))
     left.legend(fontsize=7, frameon=False)
-    for (who, pick), colour in zip(
-        [("baseline", ""), *((row, "winner") for row in searches)], ("0.5", *colours), strict=False
-    ):
-        name = label(who, pick)
-        scores = [score(row) for row in rows if row["kind"] == "training" and label(row["who"], row["pick"]) == name]
+    winners = {"baseline": baseline().name} | {
+        label(row, "").strip(): row["networks"]["winner"]["name"] for row in searches
+    }
+    for (words, name), colour in zip(winners.items(), ("0.5", *colours), strict=False):
+        scores = [score(row) for row in rows if row["kind"] == "training" and row["network"]["name"] == name]
         bounds, mean = t_interval(scores), statistics.fmean(scores)
         half = (bounds[1] - bounds[0]) / 2 if bounds else 0.0
-        at = clocks["step"][name][0] if name in clocks["step"] else 1.0
+        at = clocks["step"].get(name, [1.0])[0]
         right.errorbar(at, mean, half, color=colour, marker="o", capsize=3)
-        near = (6, -12) if name.startswith("macs") else (6, 5)
-        right.annotate(name.replace(" winner", ""), (at, mean), xytext=near, textcoords="offset points", fontsize=7)
+        near = (6, -12) if words.startswith("macs") else (6, 5)
+        right.annotate(words, (at, mean), xytext=near, textcoords="offset points", fontsize=7)
     right.set(xlabel="time of a training step, baseline = 1", ylabel="test accuracy in %, five seeds", xlim=(0, 1.3))
     made.savefig(path, dpi=150)
 

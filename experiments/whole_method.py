@@ -69,6 +69,7 @@ def made(args: argparse.Namespace) -> dict[str, Path]:
 def run(args: argparse.Namespace) -> None:
     """Search, coefficients, scaling, and the trainings that are not in the results yet."""
     for arm, network in made(args).items():
+        about = effnet(f"info {network}")
         for seed in args.seeds:
             if any((row["arm"], row["seed"], row["epochs"]) == (arm, seed, args.epochs) for row in read(args.results)):
                 continue
@@ -79,7 +80,6 @@ def run(args: argparse.Namespace) -> None:
                 f" --set seed={seed} {resume}"
             )
             test = effnet(f"eval {folder / 'last.safetensors'} {args.data} --split test")
-            about = effnet(f"info {network}")
             row = {"arm": arm, "seed": seed, "epochs": args.epochs, "network": json.loads(network.read_text())}
             row |= {"macs": about["macs"], "params": about["params"], "test": test["metrics"]}
             append(row | {"seconds": round(time.perf_counter() - started, 1)}, args.results)
