@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from effnet.search.study import Found
 
 SPACE = f"{', '.join(SPACES)}, or a .json file: a Space, or {{PATH: [options]}} as --vary has them."
+TRAINED_FOR = 2000  # candidates within the limits that a supernet is trained for
 OBJECTIVE = (
     f"What to maximise (`min X`: minimise), of {', '.join(QUANTITIES)}; several are searched for their Pareto front."
 )
@@ -310,7 +311,7 @@ def _supernet(
         batch=min(recipe.batch, len(splits.train)),
         warmup=min(recipe.warmup, task.rungs[0] / 4),
     )
-    net = Supernet(task.space, task.seed)
+    net = Supernet(task.space, task.seed, task.allowed(TRAINED_FOR))
     for event in training(net, splits, short, file, **options):
         told = f"supernet: epoch {event['epoch']}/{event['epochs']}, loss {event['loss']:.4f}"
         people.print(f"{told}  ({duration(event['seconds'])})", markup=False)

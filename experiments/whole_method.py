@@ -31,6 +31,7 @@ RESULTS = ROOT / "results" / "whole_method.jsonl"
 SMALL = "--px 48 --width 0.25 --depth 0.5 --least-map 2"
 LIMIT = "4M"  # multiply-adds of the baseline
 RECIPE = "--set optimizer=adamw --set lr=2e-3 --set lr_batch=64 --set batch=64 --set weight_decay=1e-2"
+RECIPE += " --set norm_momentum=0.1"
 ARMS = ("found and scaled", "B0 scaled down")
 
 
@@ -108,7 +109,7 @@ def main() -> None:
     whole.add_argument("--data", default="data/emoji")
     whole.add_argument("--out", type=Path, default=ROOT / "runs" / "whole")
     whole.add_argument("--trials", type=int, default=20)
-    whole.add_argument("--epochs", type=int, default=10)
+    whole.add_argument("--epochs", type=int, default=60)
     whole.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     shown = verbs.add_parser("table", help="what came out")
     for each in (whole, shown):

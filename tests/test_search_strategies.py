@@ -243,6 +243,19 @@ def test_a_few_candidates_in_a_huge_space_are_found() -> None:
             seen.append(Seen(number=number, code=code, gains=(1.0 / (number + 1),)))
 
 
+@pytest.mark.parametrize(("space", "scale"), [(v2(BASE), 2.0), (mnasnet(BASE), 0.97), (SPACE, 1.5)])
+def test_what_the_limits_allow_is_drawn_from_the_seed_however_little_it_is(space: Space, scale: float) -> None:
+    """Half of a space; what random draws never meet; a space that can be counted through."""
+    rng = np.random.default_rng(0)
+    limit = scale * space.costs([space.sample(rng) for _ in range(4000)])["macs"].min()
+    todo = Task(space=space, objectives=SOFT, limits={"macs": float(limit)})
+    found = todo.allowed(64)
+    assert found and len(set(found)) == len(found) >= 32 and todo.within(found).all()
+    assert all(cost(space.network(code)).macs <= limit for code in found[:20])
+    assert found == todo.replace(strategy="nsga2").allowed(64)
+    assert Task(space=space, objectives=SOFT).allowed(64) is None
+
+
 def test_a_limit_on_a_predicted_latency_is_kept_too() -> None:
     meters = {"latency_ms": lambda network: 0.1 * sum(stage.repeats * stage.kernel for stage in network.stages)}
     todo, taken = task("random", limits={"latency_ms": 1.1}), set()

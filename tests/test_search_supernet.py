@@ -180,6 +180,43 @@ def test_a_step_has_the_largest_some_and_the_smallest_and_is_drawn_from_its_numb
     assert {kind(stage) for first, *_ in steps for stage in first.stages} == {"mbconv", "mbconv1", "fused", "fused1"}
 
 
+def test_of_chosen_candidates_no_other_is_trained_and_the_largest_is_first(splits: Splits, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    among = [SPACE.sample(rng) for _ in range(30)]
+    net, networks = Supernet(SPACE, among=among), {SPACE.network(code) for code in among}
+    steps = [net.sandwich(0, step) for step in range(40)]
+    assert {network for step in steps for network in step} == networks and steps[7] == net.sandwich(0, 7)
+    for step in steps:
+        sizes = [cost(network).macs for network in step]
+        assert len(step) == 4 and sizes == sorted(sizes, reverse=True)
+    file, recipe = tmp_path / "net.safetensors", RECIPE.replace(epochs=1)
+    list(training(net, splits, recipe, file, workers=0))
+    with pytest.raises(UsageError, match="a supernet of another limits"):
+        list(training(Supernet(SPACE), splits, recipe, file))
+
+
+def test_the_others_learn_from_labels_at_first_and_in_the_end_from_the_largest(
+    splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Tensor] = []  # of each step: labels, answers of the largest, what the three others are told
+
+    def heard(logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
+        told.append(targets)
+        if len(told) % 5 == 1:
+            told.append(logits.detach().softmax(1))
+        return cross_entropy(logits, targets, weights, smoothing)
+
+    cross_entropy = supernet.weighted_cross_entropy
+    monkeypatch.setattr(supernet, "weighted_cross_entropy", heard)
+    list(training(Supernet(SPACE), splits, RECIPE, tmp_path / "net.safetensors", workers=0))
+    assert len(told) == 5 * 6
+    for step in range(6):
+        labels, answers, *others = told[5 * step : 5 * step + 5]
+        assert set(labels.ravel().tolist()) == {0.0, 1.0}
+        for targets in others:
+            torch.testing.assert_close(targets, labels + step / 6 * (answers - labels))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,8 +7,9 @@ with those slices for weights, so there is no second network code, and what is t
 
 A step is the sandwich rule: the largest network learns from the labels, the smallest and some drawn at random learn
 from its answers, and the optimizer takes one step for all. Operators of largest and smallest are drawn anew each step,
-as no network has all the sets. Before a candidate is judged the statistics of its batch norms are counted anew: those
-of other candidates are not its own.
+as no network has all the sets. The answers of an untrained network say nothing, and three of four that learn them keep
+it so: the others begin with the labels, and go over to the answers in proportion to the training done. Before a
+candidate is judged the statistics of its batch norms are counted anew: those of other candidates are not its own.
 
 Sources: Yu & Huang 2019 (universally slimmable networks: sandwich rule, in-place distillation, statistics afterwards),
 Cai et al. 2020 (once for all: kernels by their centre; its learnt transformation is left out), Yu et al. 2020 (BigNAS:
@@ -37,7 +38,7 @@ from effnet.layers import BLOCKS
 from effnet.network import Model
 from effnet.optim import load_optimizer_tensors, optimizer, optimizer_tensors, renew_norms
 from effnet.plan import precision_context, run_preprocess
-from effnet.recipes import Phase, Recipe, phases, places, rate
+from effnet.recipes import Place, Recipe, phases, places, rate
 from effnet.samples import Splits
 from effnet.search.space import Code, Space
 from effnet.spec import Network, Stage, block
@@ -63,6 +64,7 @@ def kind(stage: Stage) -> str:
 class Supernet(nn.Module):
     """The shared weights of `space`, drawn from `seed`; nothing is learnt of batch norm but scale and shift.
 
+    `among`: the only codes that it is trained for, such as those within a search's limits; None: all of the space.
     `UsageError` where candidates cannot share: a choice of a stride, an activation or the image size, say.
 
     >>> from effnet.families import get
@@ -72,9 +74,9 @@ class Supernet(nn.Module):
     (96, 1, 5, 5)
     """
 
-    def __init__(self, space: Space, seed: int = 0) -> None:
+    def __init__(self, space: Space, seed: int = 0, among: Sequence[Code] | None = None) -> None:
         super().__init__()
-        self.space = space
+        self.space, self.among = space, among
         self.may_be = _stages(space)  # each stage
         drawn = torch.Generator().manual_seed(seed)
         for name, shape in _shapes(space, self.may_be).items():
@@ -123,8 +125,15 @@ class Supernet(nn.Module):
         return tuple(digits)
 
     def sandwich(self, seed: int, step: int, drawn: int = DRAWN) -> list[Network]:
-        """The networks of a step: the largest, `drawn` at random, the smallest. Keyed by (seed, step)."""
+        """The networks of a step: the largest, `drawn` at random, the smallest. Keyed by (seed, step).
+
+        Of chosen codes (`among`) all are drawn, and the one with the most multiply-adds is the largest.
+        """
         rng = np.random.default_rng([seed, step])
+        if self.among is not None:
+            chosen = [self.among[index] for index in rng.integers(len(self.among), size=drawn + 2)]
+            order = np.argsort(-self.space.costs(chosen)["macs"], kind="stable")
+            return [self.space.network(chosen[index]) for index in order]
         codes = [self.space.sample(rng) for _ in range(drawn + 2)]
         codes[0], codes[-1] = self.end(codes[0], largest=True), self.end(codes[-1], largest=False)
         return [self.space.network(code) for code in codes]
@@ -310,6 +319,7 @@ def training(
     learner, step = optimizer(net, recipe), 0
     identity = {"space": net.space.to_json(), "recipe": recipe.to_json(), "drawn": str(drawn)}
     identity |= {"training images": splits.train.fingerprint(), "classes": " ".join(splits.classes)}
+    identity |= {"limits": str(net.among)}
     identity = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in identity.items()}
     losses: list[float] = []
     if path.exists():
@@ -320,13 +330,14 @@ def training(
         started = time.perf_counter()
         options: dict[str, Any] = {"start_step": len(losses), "workers": workers, "cache": cache}
         for batch in views(splits.train, recipe, place, preprocess=preprocess, **options):
-            lr = rate(recipe, next(places(rows, images, step)))
+            now = next(places(rows, images, step))
+            lr = rate(recipe, now)
             for group in learner.param_groups:
                 group["lr"] = lr
             pixels = normalise(batch.images.to(device), preprocess)
             weights = (batch.weights * class_weights[batch.labels]).to(device)
             targets = batch.targets.to(device)
-            losses.append(_step(net, learner, pixels, targets, weights, recipe, place.phase, step, drawn))
+            losses.append(_step(net, learner, pixels, targets, weights, recipe, now, step, drawn))
             step += 1
             if time.monotonic() - saved > SAVE_SECONDS and len(losses) < place.steps:
                 _save(net, learner, path, identity, recipe, step, losses)
@@ -353,11 +364,12 @@ def _step(
     targets: Tensor,
     weights: Tensor,
     recipe: Recipe,
-    phase: Phase,
+    place: Place,
     step: int,
     drawn: int,
 ) -> float:
     """One update from the largest, some and the smallest: the loss of the largest."""
+    phase, trained = place.phase, (place.epoch + place.step_in_epoch / place.steps) / recipe.epochs
     device = images.device.type
     mixing = np.random.default_rng((recipe.seed, step))
     images, targets = augment.mix(images, targets, mixup_alpha=phase.mixup, cutmix_alpha=phase.cutmix, rng=mixing)
@@ -377,7 +389,7 @@ def _step(
             if not math.isfinite(first):
                 raise Diverged(f"the supernet's loss became {first:.6g} at step {step + 1}: lower lr ({recipe.lr:g}).")
         else:
-            loss = weighted_cross_entropy(logits, told, weights)
+            loss = weighted_cross_entropy(logits, torch.lerp(targets, told, trained), weights)
         loss.backward()
     learner.step()
     return first

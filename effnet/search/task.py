@@ -29,6 +29,7 @@ Meters = Mapping[str, Callable[[Network], float]]  # what measures the quantitie
 
 DRAWS = 1024  # proposals of a strategy that are looked at before its rejected ones are repaired
 REPAIRS = 64
+LOOKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,29 @@ class Task(Value):
         for name in self.limits.keys() & set(COSTS):
             fits &= totals[name] <= self.limits[name]
         return fits
+
+    def allowed(self, count: int) -> list[Code] | None:
+        """About `count` codes within the limits on costs, at random from the seed; None where nothing limits those.
+
+        Where hardly any are, the rest are found in steps of one digit from those that were.
+        """
+        import numpy as np
+
+        if not self.limits.keys() & set(COSTS):
+            return None
+        if self.space.count <= ENUMERABLE:
+            return self._fitting
+        rng, found = np.random.default_rng(self.seed), dict[Code, None]()
+        for _ in range(LOOKS):
+            codes = [tuple(row) for row in rng.integers(self.space.sizes, size=(DRAWS, len(self.space.sizes))).tolist()]
+            found |= dict.fromkeys(itertools.compress(codes, self.within(codes)))
+            if len(found) >= count:
+                return list(found)
+        known = list(found) or [code for code in [self.propose([], (), 0)] if code]
+        for _ in range(LOOKS):
+            codes = [self.space.mutate(known[int(index)], rng) for index in rng.integers(len(known), size=REPAIRS)]
+            known = list(dict.fromkeys([*known, *itertools.compress(codes, self.within(codes))]))
+        return known
 
     def _new(self, code: Code, taken: Collection[str], meters: Meters) -> bool:
         network = self.space.network(code)
