@@ -122,9 +122,10 @@ class Task(Value):
         return fits
 
     def allowed(self, count: int) -> list[Code] | None:
-        """About `count` codes within the limits on costs, at random from the seed; None where nothing limits those.
+        """Codes within the limits on costs, at random from the seed; None where nothing limits those.
 
-        Where hardly any are, the rest are found in steps of one digit from those that were.
+        `count` or more, unless fewer are found. Where random draws hardly meet any, others are found in steps of one
+        digit from those that they met.
         """
         import numpy as np
 
