@@ -4,8 +4,9 @@ Claim     A small V2-like baseline, scaled by the compound rule to limits on par
           published table's MobileNet (0.950) with a fraction of its cost; beyond it stand DenseNet-BC (0.954, 768 k
           parameters) and ResNet-18 (0.949), all three as listed in the data set's own README.
 Protocol  All 60,000 training images, none held out; the last epoch is judged, once, on the 10,000 test images. Three
-          settings were tried, and all are reported. Network: fit(BASELINE, {"params": 1e6, "macs": --macs}, "compound", max_resolution=28):
-          the images have no 29th pixel. Trained progressively, 20 to 28 px in three stages (even sizes are quicker).
+          settings were tried, and all are reported. Network: fit(BASELINE, {"params": 1e6, "macs": --macs}, "compound",
+          max_resolution=28): the images have no 29th pixel. Trained progressively, 20 to 28 px in three stages (even
+          sizes are quicker).
           Seeds draw weights, order and views; Student's t over seeds (95 %).
 Command   python experiments/fashion.py run --jobs 2        (a run that was cut off goes on; cheaper: --epochs 3)
           python experiments/fashion.py table
