@@ -10,7 +10,9 @@ Protocol  Emoji (emoji.py: colour, eight groups, 1,119 training images) at 48 px
           and views; differences are paired, Student's t (95 %).
 Command   python experiments/emoji.py data/emoji
           python experiments/whole_method.py run && python experiments/whole_method.py table
-Outcome   Not run to its end yet.
+Time      about 35 minutes of one core (OMP_NUM_THREADS=1), six of them for the search and the coefficients
+Outcome   56.9 % with 232 k parameters: 3.5 +- 1.6 points ahead of the B0 with 0.75 of its multiply-adds, level with the
+          one with 1.06 times as many (-0.3 +- 4.9), which has 862 k parameters.
 
 Every command is printed before it runs; stopped anywhere, the same command goes on. A row of
 results/whole_method.jsonl per training.
@@ -26,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from compound import append, interval, markdown, paired, read, score
+
+from effnet.plan import environment
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "whole_method.jsonl"
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
             test = effnet(f"eval {folder / 'last.safetensors'} {args.data} --split test")
             row = {"arm": arm, "seed": seed, "epochs": args.epochs, "network": json.loads(network.read_text())}
             row |= {"macs": about["macs"], "params": about["params"], "test": test["metrics"]}
-            append(row | {"seconds": round(time.perf_counter() - started, 1)}, args.results)
+            row |= {"seconds": round(time.perf_counter() - started, 1), "environment": environment("cpu")}
+            append(row, args.results)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
