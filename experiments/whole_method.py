@@ -102,29 +102,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         by = {arm: {row["seed"]: row for row in rows if (row["arm"], row["epochs"]) == (arm, epochs)} for arm in ARMS}
         found = by[ARMS[0]]
         for arm, seeds in by.items():
+            if not seeds:
+                continue
             both = sorted(seeds.keys() & found.keys()) if arm != ARMS[0] else []
-            for row in list(seeds.values())[:1]:
-                cells = [
-                    arm,
-                    row["network"]["resolution"],
-                    f"{row['macs']:,}",
-                    f"{row['params']:,}",
-                    epochs,
-                    len(seeds),
-                ]
-                cells.append(interval([score(each) for each in seeds.values()]))
-                lines.append([*cells, *paired([score(found[seed]) - score(seeds[seed]) for seed in both])])
-    heads = [
-        "network",
-        "px",
-        "MACs",
-        "params",
-        "epochs",
-        "seeds",
-        "test accuracy in %",
-        f"{ARMS[0]}, minus it",
-        "verdict",
-    ]
+            row = next(iter(seeds.values()))
+            cells = [arm, row["network"]["resolution"], f"{row['macs']:,}", f"{row['params']:,}", epochs, len(seeds)]
+            cells.append(interval([score(each) for each in seeds.values()]))
+            lines.append([*cells, *paired([score(found[seed]) - score(seeds[seed]) for seed in both])])
+    heads = ["network", "px", "MACs", "params", "epochs", "seeds", "test accuracy in %"]
+    heads += [f"{ARMS[0]}, minus it", "verdict"]
     return markdown(heads, lines)
 
 

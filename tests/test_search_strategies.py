@@ -256,6 +256,12 @@ def test_what_the_limits_allow_is_drawn_from_the_seed_however_little_it_is(space
     assert Task(space=space, objectives=SOFT).allowed(64) is None
 
 
+def test_the_smallest_of_a_huge_space_is_allowed_and_limits_that_are_no_costs_do_not_count() -> None:
+    todo = Task(space=mnasnet(BASE), objectives=SOFT, limits={"macs": 27_600, "latency_ms": 1e-9})
+    found = todo.allowed(64)
+    assert found and todo.within(found).all()
+
+
 def test_a_limit_on_a_predicted_latency_is_kept_too() -> None:
     meters = {"latency_ms": lambda network: 0.1 * sum(stage.repeats * stage.kernel for stage in network.stages)}
     todo, taken = task("random", limits={"latency_ms": 1.1}), set()

@@ -139,7 +139,8 @@ class Task(Value):
             found |= dict.fromkeys(itertools.compress(codes, self.within(codes)))
             if len(found) >= count:
                 return list(found)
-        known = list(found) or [code for code in [self.propose([], (), 0)] if code]
+        counted = self.replace(limits={name: limit for name, limit in self.limits.items() if name in COSTS})
+        known = list(found) or [code for code in [counted.propose([], (), 0)] if code]
         for _ in range(LOOKS):
             codes = [self.space.mutate(known[int(index)], rng) for index in rng.integers(len(known), size=REPAIRS)]
             known = list(dict.fromkeys([*known, *itertools.compress(codes, self.within(codes))]))
