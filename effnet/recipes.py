@@ -17,7 +17,7 @@ from effnet.presets import PRESETS
 from effnet.spec import Network
 from effnet.value import UsageError, Value, check_choice, check_range, nearest
 
-Optimizer = Literal["rmsprop", "sgd", "adamw"]
+Optimizer = Literal["rmsprop", "sgd", "adamw", "muon"]
 Crop = Literal["inception", "dihedral", "resize", "pad", "none"]
 Policy = Literal["randaugment", "autoaugment", "cutout"]
 Growth = Literal["paper", "official"]
@@ -74,7 +74,9 @@ class Recipe(Value):
     Pairs are (first phase, last phase), `rise` is the way between. None for `size_px`, `dropout` or `drop_path`: the
     network's own value. `growth` of the size over M stages: `paper` starts at the first size, `official` (the released
     V2 code) one M-th above it and rounds down: 171, 214, 257, 300 instead of 128, 185, 243, 300.
-    `lr`: the peak rate at `lr_batch` images a step, scaled linearly to the batch. `warmup`, `head_epochs`: in epochs.
+    `optimizer`: `muon` makes the steps of inner convolutions orthogonal, for training from random weights. `momentum`:
+    of RMSProp, SGD and Muon. `lr`: the peak rate at `lr_batch` images a step, scaled linearly to the batch. `warmup`,
+    `head_epochs`: in epochs.
     `memory_gb`: each phase takes the largest batch whose estimated memory is so many 10^9 bytes, 0 for `batch` always.
     `accumulate`: a step's batch is computed in so many parts, one after the other, and batch norm sees one at a time.
     `least_steps`: at least so many, in more epochs than `epochs` where there are few images.

@@ -42,7 +42,7 @@ BASELINE = Network(
     stages=(
         Stage(op="fused", repeats=1, width=16, stride=1, expand=1, deepen=0.0),  # its maps are the dear ones
         Stage(op="fused", repeats=2, width=64, stride=2, expand=1),  # the work: maps of 14 px train the quickest
-        Stage(op="fused", repeats=1, width=96, stride=2, expand=1),
+        Stage(op="fused", repeats=2, width=96, stride=2, expand=1),
     ),
     head=Head(width=256, classes=10),
     resolution=28,
@@ -67,7 +67,9 @@ def recipe(job: dict[str, Any]) -> Recipe:
         size_px=(20, 28),
         eval_px=28,
         batch=128,
-        lr=3e-3,
+        optimizer="muon",
+        momentum=0.9,
+        lr=1.2e-2,
         lr_batch=128,
         warmup=1.0,
         weight_decay=5e-2,
@@ -149,7 +151,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     many = verbs.add_parser("run", help="the runs that are not in the results yet")
     many.add_argument("--macs", type=float, default=60e6, help="limit on multiply-adds")
-    many.add_argument("--epochs", type=int, default=30)
+    many.add_argument("--epochs", type=int, default=60)
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     many.add_argument("--jobs", type=int, default=2)
     single = verbs.add_parser("one", help="one run, as JSON; its row is the last line printed")

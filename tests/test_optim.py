@@ -1,5 +1,6 @@
 """Optimizer steps against traces computed by hand, and the moving average against its closed form."""
 
+import copy
 import math
 
 import numpy as np
@@ -12,10 +13,14 @@ from effnet.recipes import FINETUNE
 
 
 class Two(nn.Module):
-    """A weight and a bias, and a classifier to be trained alone."""
+    """A weight and a bias, convolutions of one shape, depthwise and first, and a classifier to be trained alone."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, bias=False)
+        self.first = nn.Conv2d(4, 6, 3, bias=False)
+        self.second = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6, bias=False)
         self.body = nn.Linear(3, 3)
         self.classifier = nn.Linear(3, 2)
 
@@ -56,7 +61,61 @@ def test_weight_decay_is_added_to_the_gradient() -> None:
     assert weight.item() == pytest.approx(2.0 - 0.1 * gradient / math.sqrt(0.9 + 0.1 * gradient**2 + 1e-3), abs=1e-15)
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)])
+def test_muon_takes_the_steps_of_pytorchs(shape: tuple[int, int]) -> None:
+    """A 1x1 convolution is a matrix: torch.optim.Muon, an implementation of its own, is the peer."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    mine, theirs = nn.Parameter(start[:, :, None, None].clone()), nn.Parameter(start.clone())
+    group = {"params": [mine], "weight_decay": 0.1}
+    first = optim.Muon(group, [{"params": [nn.Parameter(torch.ones(1))]}], lr=0.02, momentum=0.9)
+    second = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for lr in (0.02, 0.02, 0.01):
+        grad = torch.randn(shape)
+        for parameter, stepper in ((mine, first), (theirs, second)):
+            parameter.grad = grad.view_as(parameter).clone()
+            stepper.param_groups[0]["lr"] = lr
+            stepper.step()
+    assert not torch.equal(theirs, start)
+    torch.testing.assert_close(mine.flatten(1), theirs, rtol=0, atol=2e-4)  # of steps of 0.01: bfloat16 rounds
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8)])
+def test_orthogonal_keeps_the_directions_and_levels_their_lengths(shape: tuple[int, int, int]) -> None:
+    """Against the singular value decomposition in float64, over two orders of magnitude of singular values."""
+    torch.manual_seed(0)
+    u, _, vt = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrices = u * torch.logspace(0, -2, 8, dtype=torch.float64) @ vt
+    inside = u.mT @ optim.orthogonal(matrices.float()).double() @ vt.mT
+    lengths = inside.diagonal(dim1=1, dim2=2)
+    assert lengths.min() > 0.6
+    assert lengths.max() < 1.3
+    assert (inside - torch.diag_embed(lengths)).abs().max() < 0.06  # bfloat16
+
+
+def test_muon_steps_inner_convolutions_and_adamw_the_rest() -> None:
+    """The stem, depthwise convolutions, biases and the classifier move as AdamW moves them, at the rate that is set."""
+    torch.manual_seed(0)
+    model = Two()
+    peer = copy.deepcopy(model)
+    steppers = [
+        optim.optimizer(each, FINETUNE.replace(optimizer=name)) for each, name in ((model, "muon"), (peer, "adamw"))
+    ]
+    for mine, theirs in zip(model.parameters(), peer.parameters(), strict=True):
+        mine.grad = torch.randn_like(mine)
+        theirs.grad = mine.grad.clone()
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = 0.125
+        stepper.step()
+    peers = dict(peer.named_parameters())
+    same = {name for name, each in model.named_parameters() if torch.equal(each, peers[name])}
+    assert set(peers) - same == {"first.weight", "second.weight"}
+    slots = {key for key in optim.optimizer_tensors(model, steppers[0]) if key.startswith(("first", "stem"))}
+    assert slots == {"first.weight/momentum", "stem.weight/step", "stem.weight/exp_avg", "stem.weight/exp_avg_sq"}
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw", "muon"])
 def test_only_weights_decay(name: str) -> None:
     model = Two()
     stepper = optim.optimizer(model, FINETUNE.replace(optimizer=name, weight_decay=0.1))
@@ -98,7 +157,7 @@ def test_the_average_covers_batch_norm_statistics() -> None:
     assert average.model.running_mean.tolist() == [10.0, 10.0]
 
 
-@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adamw", "muon"])
 def test_the_optimizer_goes_on_bit_for_bit_from_its_tensors(name: str) -> None:
     def stepped(model: nn.Module, stepper: torch.optim.Optimizer, seeds: range) -> None:
         for seed in seeds:

@@ -118,6 +118,17 @@ def test_a_killed_run_resumes_bit_for_bit(whole_run: Path, tmp_path: Path, last_
     assert_equal_runs(tmp_path, whole_run)
 
 
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd", "muon"])
+def test_each_optimizer_is_gone_on_with(tmp_path: Path, optimizer: Any) -> None:
+    recipe = RECIPE.replace(optimizer=optimizer)
+    events(tmp_path / "whole", recipe)
+    running = train.training(made_splits(), fresh_model(), recipe, tmp_path / "cut")
+    next(event for event in running if event.get("step") == 11)
+    running.close()
+    events(tmp_path / "cut", recipe, resume=True)
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("last_step", [2, 4, 11])
 def test_a_signal_saves_after_the_step_and_the_run_goes_on(
