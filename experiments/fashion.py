@@ -69,7 +69,7 @@ def recipe(job: dict[str, Any]) -> Recipe:
         batch=128,
         optimizer="muon",
         momentum=0.9,
-        lr=1.2e-2,
+        lr=2.4e-2,
         lr_batch=128,
         warmup=1.0,
         weight_decay=5e-2,
@@ -151,7 +151,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     many = verbs.add_parser("run", help="the runs that are not in the results yet")
     many.add_argument("--macs", type=float, default=60e6, help="limit on multiply-adds")
-    many.add_argument("--epochs", type=int, default=60)
+    many.add_argument("--epochs", type=int, default=48)
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     many.add_argument("--jobs", type=int, default=2)
     single = verbs.add_parser("one", help="one run, as JSON; its row is the last line printed")
