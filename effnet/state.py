@@ -156,7 +156,7 @@ def refuse_other(
     for what, change in (
         ("class list", classes),
         ("training data", images if fingerprints[0] != fingerprints[1] else ""),
-        ("recipe", _changes(Recipe.from_dict(saved.recipe or {}).to_dict(), recipe.to_dict())),
+        ("recipe", _changes(Recipe.from_dict(saved.recipe or {}).to_dict(), recipe.to_dict(), ("on_error",))),
         ("network", f"then {saved.network.name}, now {now.name}: {network}" if network else ""),
     ):
         if change:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from effnet import augment, checkpoint, cluster, data, native
 from effnet.evaluate import Unfinished, evaluate
-from effnet.images import normalise
+from effnet.images import ImageError, normalise
 from effnet.journal import Event, Journal
 from effnet.network import Model, replace_head
 from effnet.optim import optimizer, renew_norms, set_learning
@@ -160,6 +160,9 @@ def training(
                 yield from map(journal.add, _epoch(job, state, place, stop))
                 if len(state.losses) == place.steps and not stop.agreed:
                     yield from _end_of_epoch(job, state, place, stop, journal)
+            except ImageError as error:
+                advice = "put it right, or leave such images out with --set on_error=skip; --resume goes on"
+                raise ImageError(error.name, f"{error.reason}; {advice}") from error
             except Diverged as error:
                 yield journal.add(_back(job, state, journal, error, retries))
                 yield from map(journal.add, _saved(job, state))
@@ -204,7 +207,10 @@ def _started(
 def _resumed(
     splits: Splits, model: Model, recipe: Recipe, out: Path, device: str, journal: Journal
 ) -> tuple[Plan, State]:
-    """The state after the last saved step. The plan is the saved one: precision and phases do not change under way."""
+    """The state after the last saved step. The plan is the saved one: precision and phases do not change under way.
+
+    Only what becomes of images that cannot be read may change: one that broke a run must not cost it.
+    """
 
     def accepted() -> tuple[Plan, checkpoint.Checkpoint]:
         saved = find(out)
@@ -213,7 +219,7 @@ def _resumed(
         todo = Plan.from_json((out / "plan.json").read_text())
         refuse_other(out, saved, todo, splits, model.network, recipe)
         _check_shares(todo)
-        return todo, saved
+        return todo.replace(recipe=todo.recipe.replace(on_error=recipe.on_error)), saved
 
     todo, saved = cluster.first(accepted)
     state = fresh(model, todo, device, saved.extra["fingerprint"])

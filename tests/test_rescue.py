@@ -294,9 +294,9 @@ def test_a_model_to_use_is_no_state_to_go_on_from(whole_run: Path, tmp_path: Pat
 # --- data that changes ----------------------------------------------------------------------------------------------
 
 
-def learn_files(root: Path, out: Path, **options: Any) -> Iterator[train.Event]:
+def learn_files(root: Path, out: Path, on_error: Any = "error", **options: Any) -> Iterator[train.Event]:
     """A run on a folder of images."""
-    recipe = SHORT.replace(crop="resize")
+    recipe = SHORT.replace(crop="resize", on_error=on_error)
     return train.training(open_data(root), fresh_model(), recipe, out, workers=0, save_every=3, **options)
 
 
@@ -317,6 +317,18 @@ def test_data_that_shrinks_is_named_and_the_run_goes_on_when_it_is_back(tmp_path
     assert next(learn_files(root, tmp_path / "run", resume=True))["step"] == 3
     list(learn_files(root, tmp_path / "run", resume=True))
     assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_that_an_image_broke_goes_on_without_it(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "data", {"train/a": 18, "train/b": 18, "val/a": 2, "val/b": 2})
+    fourth_step = order(36, seed=SHORT.seed, epoch=0, batch=SHORT.batch)[3]
+    broken = open_data(root).train.ids[fourth_step[0]]
+    (root / broken).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"is not a JPEG.*leave such images out with --set on_error=skip; --resume"):
+        list(learn_files(root, tmp_path / "run"))
+    happened = list(learn_files(root, tmp_path / "run", resume=True, on_error="skip"))
+    assert (happened[0]["step"], happened[-1]["event"]) == (3, "end")
+    assert {event["image"] for event in happened if event["event"] == "skip"} == {broken}
 
 
 # --- nothing to validate on -----------------------------------------------------------------------------------------
