@@ -1,7 +1,7 @@
 """Which optimizer learns the most from random weights, each at its best rate?
 
 Claim     Muon (orthogonal steps for inner convolutions, AdamW for the rest) gets further in the same epochs than
-          AdamW and RMSProp: on a network of ordinary convolutions, and on EfficientNet-B0, whose convolutions are 1x1 or
+          AdamW and RMSProp: on a network of ordinary convolutions, and on EfficientNet-B0, where they are 1x1 or
           depthwise. `scratch` is the recipe that effnet chose for random weights before (2026-11-22): RMSProp as in
           the papers, with the network's own momentum of batch norm.
 Protocol  Fashion-MNIST: the network and the recipe of experiments/fashion.py, six epochs, a tenth of the training
