@@ -134,13 +134,16 @@ def table(found: list[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in found:
         views = f"{row['recipe']['crop']}, {row['recipe']['policy']}".removesuffix(", randaugment")  # of magnitude 0
-        groups.setdefault((row["params"], row["macs"], row["px"], row["epochs"], views), []).append(row)
+        setting = row["params"], row["macs"], row["px"], row["epochs"], row["recipe"]["optimizer"], views
+        groups.setdefault(setting, []).append(row)
     lines = [
         ["fitted V2-like", f"{params:,}", f"{macs:,}", *rest, len(rows), interval([score(row) for row in rows])]
         for (params, macs, *rest), rows in sorted(groups.items())
     ]
-    lines += [[f"{name} (published)", "", "", "", "", "", 1, value] for name, value in PUBLISHED]
-    return markdown(["network", "params", "MACs", "px", "epochs", "views", "seeds", "test accuracy in %"], lines)
+    lines += [[f"{name} (published)", "", "", "", "", "", "", 1, value] for name, value in PUBLISHED]
+    return markdown(
+        ["network", "params", "MACs", "px", "epochs", "optimizer", "views", "seeds", "test accuracy in %"], lines
+    )
 
 
 PUBLISHED = (("MobileNet", "95.0"), ("ResNet-18", "94.9"), ("DenseNet-BC, 768 k parameters", "95.4"))
