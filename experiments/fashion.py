@@ -3,16 +3,17 @@
 Claim     A small V2-like baseline, scaled by the compound rule to limits on parameters and multiply-adds, reaches the
           published table's MobileNet (0.950) with a fraction of its cost; beyond it stand DenseNet-BC (0.954, 768 k
           parameters) and ResNet-18 (0.949), all three as listed in the data set's own README.
-Protocol  All 60,000 training images, none held out; the last epoch is judged, once, on the 10,000 test images. Three
-          settings were tried, and all are reported. Network: fit(BASELINE, {"params": 1e6, "macs": --macs}, "compound",
-          max_resolution=28): the images have no 29th pixel. Trained progressively, 20 to 28 px in three stages (even
-          sizes are quicker).
+Protocol  All 60,000 training images, none held out; the last epoch is judged, once, on the 10,000 test images. Four
+          settings were tried, and all are reported; optimizer, rate and depth of the last were chosen on a tenth of the
+          training images. Network: fit(BASELINE, {"params": 1e6, "macs": --macs}, "compound", max_resolution=28): the
+          images have no 29th pixel. Trained progressively, 20 to 28 px in three stages (even sizes are quicker).
           Seeds draw weights, order and views; Student's t over seeds (95 %).
 Command   python experiments/fashion.py run --jobs 2        (a run that was cut off goes on; cheaper: --epochs 3)
           python experiments/fashion.py table
-Time      about an hour of one core a run of 30 epochs
-Outcome   94.35 % with 436,106 parameters and 48.8 M multiply-adds, one seed: the aim is missed by 0.65 points. Earlier
-          settings gave 92.37 and 94.14, two seeds each (docs/training-evidence.md).
+Time      49 minutes of one core a run of 48 epochs
+Outcome   95.18 +- 0.37 % with 583,818 parameters and 56.1 M multiply-adds, three seeds (95.01, 95.27, 95.27): the aim is
+          met, MobileNet and ResNet-18 are passed, DenseNet-BC is not reached. Earlier settings, with AdamW, gave 92.37
+          and 94.14, two seeds each, and 94.35, one seed (docs/training-evidence.md).
 
 A row of results/fashion.jsonl per run; what is there is not run again.
 """
