@@ -12,8 +12,8 @@ Command   python experiments/fashion.py run --jobs 2        (a run that was cut 
           python experiments/fashion.py table
 Time      49 minutes of one core a run of 48 epochs
 Outcome   95.18 +- 0.37 % with 583,818 parameters and 56.1 M multiply-adds, three seeds (95.01, 95.27, 95.27): the aim
-          is met, MobileNet and ResNet-18 are passed, DenseNet-BC is not reached. Earlier settings, with AdamW, gave 92.37
-          and 94.14, two seeds each, and 94.35, one seed (docs/training-evidence.md).
+          is met, MobileNet and ResNet-18 are passed, DenseNet-BC is not reached. Earlier settings, with AdamW, gave
+          92.37 and 94.14, two seeds each, and 94.35, one seed (docs/training-evidence.md).
 
 A row of results/fashion.jsonl per run; what is there is not run again.
 """
