@@ -110,13 +110,16 @@ def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> t
     """The recipe's optimizer for `model`, or AdamW on its classifier alone.
 
     Two groups: weights, which decay, and norm scales, shifts and biases, which do not (biases do with `decay_bias`).
+    Muon's matrices are a group before them.
     """
     if head_only:
         return torch.optim.AdamW(model.get_submodule("classifier").parameters(), lr=recipe.head_lr, weight_decay=0.0)
-    decayed, plain = [], []
+    matrices, decayed, plain = [], [], []  # matrices: convolutions but the stem and depthwise ones
     for name, parameter in model.named_parameters():
         bias = name.endswith(".bias") and ".norm." not in name
-        (decayed if parameter.ndim > 1 or (bias and recipe.decay_bias) else plain).append(parameter)
+        inner = parameter.ndim == 4 and parameter.shape[1] > 1 and not name.startswith("stem.")
+        group = decayed if parameter.ndim > 1 or (bias and recipe.decay_bias) else plain
+        (matrices if inner and recipe.optimizer == "muon" else group).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if recipe.optimizer == "rmsprop":
         return RMSProp(groups, lr=recipe.lr, momentum=recipe.momentum)
@@ -124,17 +127,9 @@ def optimizer(model: nn.Module, recipe: Recipe, *, head_only: bool = False) -> t
         nesterov = recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, foreach=True)
     if recipe.optimizer == "muon":
-        return Muon(*_matrices(model, groups), lr=recipe.lr, momentum=recipe.momentum)
+        inside = {"params": matrices, "weight_decay": recipe.weight_decay}
+        return Muon(inside, groups, lr=recipe.lr, momentum=recipe.momentum)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
-
-
-def _matrices(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The weights that act as matrices, all convolutions but the stem and depthwise ones; the groups without them."""
-    stem = {id(p) for name, p in model.named_parameters() if name.startswith("stem.")}
-    inner = {id(p) for group in groups for p in group["params"] if p.ndim == 4 and p.shape[1] > 1} - stem
-    found = [p for group in groups for p in group["params"] if id(p) in inner]
-    rest = [group | {"params": [p for p in group["params"] if id(p) not in inner]} for group in groups]
-    return {"params": found, "weight_decay": groups[0]["weight_decay"]}, rest
 
 
 def set_learning(model: nn.Module, *, freeze: int = 0, head_only: bool = False) -> None:

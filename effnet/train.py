@@ -161,6 +161,8 @@ def training(
                 if len(state.losses) == place.steps and not stop.agreed:
                     yield from _end_of_epoch(job, state, place, stop, journal)
             except ImageError as error:
+                if len(state.losses) == place.steps:  # one to judge on: those are never left out
+                    raise
                 advice = "put it right, or leave such images out with --set on_error=skip; --resume goes on"
                 raise ImageError(error.name, f"{error.reason}; {advice}") from error
             except Diverged as error:

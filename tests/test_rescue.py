@@ -331,6 +331,13 @@ def test_a_run_that_an_image_broke_goes_on_without_it(tmp_path: Path) -> None:
     assert {event["image"] for event in happened if event["event"] == "skip"} == {broken}
 
 
+def test_a_broken_image_to_judge_on_is_named_and_never_left_out(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "data", {"train/a": 18, "train/b": 18, "val/a": 2, "val/b": 2})
+    (root / "val/a/000.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"val/a/000\.png: is not a JPEG.*image$"):
+        list(learn_files(root, tmp_path / "run", on_error="skip"))
+
+
 # --- nothing to validate on -----------------------------------------------------------------------------------------
 
 
